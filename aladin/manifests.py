@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ManifestFile', 'Manifest', 'manifests_folder', 'list_manifests', 'load_manifest', 'FileProblem', 'verify']
 
-# %% ../nbs/01_manifests.ipynb #5298a7ca
+# %% ../nbs/01_manifests.ipynb #e6c61fdf
 import difflib, hashlib, string
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ import yaml
 import aladin
 from .config import InputError
 
-# %% ../nbs/01_manifests.ipynb #4c3b39ae
+# %% ../nbs/01_manifests.ipynb #991eea0a
 @dataclass
 class ManifestFile:
     "One file of a data set or checkpoint."
@@ -37,7 +37,7 @@ class Manifest:
     files:list # of `ManifestFile`
     note:str|None = None # how it is had or made
 
-# %% ../nbs/01_manifests.ipynb #3cfa3f40
+# %% ../nbs/01_manifests.ipynb #0624d3e4
 _types = {"size": int}
 
 def _typed(cls, value, path, where):
@@ -64,7 +64,7 @@ def _check_file(file, path):
     if file.sha256 is not None and (len(file.sha256) != 64 or set(file.sha256.lower()) - set(string.hexdigits)):
         raise InputError(path, f"{where}, sha256", "64 hexadecimal digits", repr(file.sha256), fix)
 
-# %% ../nbs/01_manifests.ipynb #0754a607
+# %% ../nbs/01_manifests.ipynb #2be5502f
 def manifests_folder()->Path: # holds the YAML files
     "The folder data_manifests of the checkout that the package was installed from."
     folder = Path(aladin.__file__).resolve().parent.parent/"data_manifests"
@@ -77,7 +77,7 @@ def list_manifests()->list: # names, in alphabetical order
     "The names of all manifests."
     return sorted(p.stem for p in manifests_folder().glob("*.yaml"))
 
-# %% ../nbs/01_manifests.ipynb #87102582
+# %% ../nbs/01_manifests.ipynb #521d7ed0
 def _manifest_path(name_or_path):
     "The YAML file of a name or path."
     path = Path(name_or_path)
@@ -103,7 +103,7 @@ def load_manifest(
     for file in manifest.files: _check_file(file, path)
     return manifest
 
-# %% ../nbs/01_manifests.ipynb #a2d9e44b
+# %% ../nbs/01_manifests.ipynb #357c962f
 @dataclass
 class FileProblem:
     "A file that is missing or differs from its manifest."
@@ -127,7 +127,7 @@ def _problem(file, folders):
     if file.size not in (None, size): return FileProblem(file.path, "wrong size", f"{file.size} bytes", f"{size} bytes")
     if file.sha256 and (found := _sha256(path)) != file.sha256.lower(): return FileProblem(file.path, "wrong hash", file.sha256.lower(), found)
 
-# %% ../nbs/01_manifests.ipynb #3ee542c1
+# %% ../nbs/01_manifests.ipynb #74573494
 def verify(
     manifest, # a `Manifest`, a name or a path
     *folders, # where to look, in this order

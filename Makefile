@@ -1,0 +1,67 @@
+# Two commands matter: `make results` and `make test`. `make help` lists all.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= results
+SIZE ?= full
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
+# Without byte-code files every kernel start would compile torch and its friends anew.
+unexport PYTHONDONTWRITEBYTECODE
+# What runs in .venv finds the commands of .venv first.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv dev results test lab export clean
+
+help: ## list the targets and variables
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@echo "Variables of make results:"
+	@echo "  DATA=folder      captions and key files, in the COCO-IR layout (default: the embedded scenes)"
+	@echo "  FEATURES=folder  region features, a TSV folder or a region store (default: DATA)"
+	@echo "  NAME=name        name of the data set in the results"
+	@echo "  SIZE=tiny|full   tiny takes minutes and only shows that everything runs (default: full)"
+	@echo "  SEED=number      seed of data and training"
+	@echo "  OUT=folder       where the results are written (default: results)"
+	@echo "Variable of all: PYTHON=command that makes .venv (default: python3). To start afresh: rm -rf .venv"
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11, which constraints.txt needs: name another with make PYTHON=python3.11" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 || $(PYTHON) -m virtualenv --quiet $(VENV) 2> /dev/null || \
+	  { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv) and call make again" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.made settings.ini setup.py pyproject.toml constraints.txt
+	@echo "installing the package into $(VENV) (1.2 GB with a CPU build of torch, more with CUDA: minutes on a slow line)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.core ## make .venv with the package alone
+
+dev: $(VENV)/.dev ## make .venv with the development tools as well
+
+results: $(VENV)/.core ## train, evaluate and compare every configuration; write tables and figures
+	$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED))
+
+test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
+	$(RUN) $(BIN)/python -m pytest tests
+
+lab: $(VENV)/.dev ## open JupyterLab on the notebooks
+	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs
+
+export: $(VENV)/.dev ## write aladin/*.py from the notebooks and clean the notebooks
+	$(RUN) $(BIN)/nbdev_export
+	$(RUN) $(BIN)/nbdev_clean
+
+clean: ## remove caches and build products; .venv and results stay
+	rm -rf build dist _docs _proc .pytest_cache *.egg-info
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
