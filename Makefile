@@ -58,9 +58,10 @@ test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 lab: $(VENV)/.dev ## open JupyterLab on the notebooks
 	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs
 
-export: $(VENV)/.dev ## write aladin/*.py from the notebooks and clean the notebooks
+export: $(VENV)/.dev ## write aladin/*.py and README.md from the notebooks, clean the notebooks
 	$(RUN) $(BIN)/nbdev_export
 	$(RUN) $(BIN)/nbdev_clean
+	$(RUN) $(BIN)/python .ci/readme.py
 
 clean: ## remove caches and build products; .venv and results stay
 	rm -rf build dist _docs _proc .pytest_cache *.egg-info

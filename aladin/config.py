@@ -7,7 +7,7 @@ __all__ = ['Aggregation', 'Clamp', 'Term', 'InputError', 'RunFailed', 'atomic_wr
            'ModelSettings', 'DataSettings', 'LossSettings', 'TrainingSettings', 'ExperimentConfig', 'config_from_dict',
            'config_from_authors', 'load_config', 'config_to_dict']
 
-# %% ../nbs/00_config.ipynb #ef83c3bf
+# %% ../nbs/00_config.ipynb #f071ce9e
 import difflib, json, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints, Literal
 
 import yaml
 
-# %% ../nbs/00_config.ipynb #f7ece2eb
+# %% ../nbs/00_config.ipynb #94ec001b
 class InputError(ValueError):
     "Bad input: names the file, the place in it, what was expected, what was found and how to mend it."
     def __init__(self,
@@ -34,7 +34,7 @@ class InputError(ValueError):
 class RunFailed(RuntimeError):
     "An experiment notebook failed; the message says where it lies."
 
-# %% ../nbs/00_config.ipynb #fed5c93d
+# %% ../nbs/00_config.ipynb #0916ed90
 @contextmanager
 def atomic_write(
     path, # the file to write
@@ -49,7 +49,7 @@ def atomic_write(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #b42e0bd3
+# %% ../nbs/00_config.ipynb #fb137641
 @contextmanager
 def atomic_dir(
     path, # the folder to make
@@ -69,7 +69,7 @@ def atomic_dir(
         os.replace(part, path)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #fa736d36
+# %% ../nbs/00_config.ipynb #d1ef5ef5
 def write_json(
     path, # the file to write
     value, # anything that JSON holds
@@ -86,7 +86,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(path, "file", "JSON", str(e), "write the file again") from None
 
-# %% ../nbs/00_config.ipynb #37176109
+# %% ../nbs/00_config.ipynb #8e197fda
 Aggregation = Literal["MrSw", "MrAVGw", "symm", "MwSr", "sum", "mean", "scan-sentences"]
 Clamp = Literal["reference", "never"]
 Term = Literal["alignment", "matching", "distillation", "entropy"]
@@ -155,7 +155,7 @@ class ExperimentConfig:
     loss:LossSettings = field(default_factory=LossSettings)
     training:TrainingSettings = field(default_factory=TrainingSettings)
 
-# %% ../nbs/00_config.ipynb #316598ee
+# %% ../nbs/00_config.ipynb #47398bb4
 def _check_type(path, key, hint, value):
     if hint is Any or hint is list and isinstance(value, list): return value
     if get_origin(hint) is Literal:
@@ -187,7 +187,7 @@ def _check(config, path):
         raise InputError(path, "model.attention_heads", f"a divisor of hidden_size {config.model.hidden_size}", str(config.model.attention_heads), "change one of them")
     return config
 
-# %% ../nbs/00_config.ipynb #e85bddef
+# %% ../nbs/00_config.ipynb #2773b590
 def config_from_dict(
     values:dict, # nested groups and values, as in our YAML
     path="configuration", # what to name in errors
@@ -195,7 +195,7 @@ def config_from_dict(
     "A checked `ExperimentConfig`; raises `InputError` for an unknown key or a value that does not fit."
     return _check(_fill(ExperimentConfig, values, path), path)
 
-# %% ../nbs/00_config.ipynb #8bcfc88f
+# %% ../nbs/00_config.ipynb #d444b919
 _AUTHORS_MODEL = {"embed-size": "hidden_size", "tern-layers": "matching_layers", "dropout": "dropout", "freeze-teran": "freeze_backbone"}
 _AUTHORS_TRAINING = {"lr": "lr", "grad-clip": "grad_clip", "bs": "batch_size", "gamma": "gamma", "step-size": "step_size"}
 _AUTHORS_LOSS = {"max-violation": "max_violation", "margin": "margin", "measure": "measure", "distillation-mode": "distillation", "loss-weights": "weights",
@@ -208,7 +208,7 @@ _AUTHORS_FIXED = { # values that say nothing or that name the one form we build
 def _authors_fixed(path, group, key, value):
     known = _AUTHORS_FIXED[group]
     if key not in known:
-        near = difflib.get_close_matches(key, [*known, *_AUTHORS_MODEL, *_AUTHORS_TRAINING, *_AUTHORS_LOSS], 1, 0)
+        near = difflib.get_close_matches(key, [*known, *_AUTHORS_MODEL, *_AUTHORS_TRAINING, *_AUTHORS_LOSS, "alignment-mode", "loss-type", "warmup"], 1, 0)
         raise InputError(path, f"key {group}.{key}", "a key of the authors' configurations", "an unknown key", f"did you mean {near[0]}?")
     if known[key] is not None and value != known[key]:
         raise InputError(path, f"{group}.{key}", repr(known[key]), repr(value), "this variant of the originals is not built")
@@ -233,7 +233,7 @@ def config_from_authors(
         raise InputError(path, f"key {group}", "model, training or dataset", "an unknown key", "remove it")
     return config_from_dict(dict(model=model, loss=loss, training=training), path)
 
-# %% ../nbs/00_config.ipynb #2752d1b6
+# %% ../nbs/00_config.ipynb #a0a83014
 def load_config(
     path, # a YAML file, ours or the authors'
     overrides:dict|None=None, # dotted keys to change, such as {"training.lr": 1e-4}

@@ -7,7 +7,7 @@ __all__ = ['SCENES_SIZES', 'CONFIGURATIONS', 'provenance', 'prepare_data', 'prep
            'experiment_config', 'train_run', 'evaluate_run', 'report', 'check_parameters', 'run_notebook',
            'run_results']
 
-# %% ../nbs/14_experiments.ipynb #cf0b6363
+# %% ../nbs/14_experiments.ipynb #bd60a2d7
 import difflib, json, os, platform, shutil, subprocess, time, zlib
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from .regions import convert_regions, open_regions
 from .scenes import write_scenes
 from .training import TrainingLog, pretrain, set_seed, train, trained_heads
 
-# %% ../nbs/14_experiments.ipynb #d76e0106
+# %% ../nbs/14_experiments.ipynb #898aa809
 def _git(*words):
     try: return subprocess.run(["git", *words], cwd=Path(aladin.__file__).parent, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ""
@@ -54,7 +54,7 @@ def _installed(name):
     try: return bool(version(name))
     except ImportError: return False
 
-# %% ../nbs/14_experiments.ipynb #0bc5961a
+# %% ../nbs/14_experiments.ipynb #404dcf51
 def _vocabulary_lines(data, vocabulary, regions):
     "The vocabulary asked for, the data set's own, or one made from the training split."
     source = Path(vocabulary) if vocabulary else Path(data)/"vocab.txt"
@@ -100,7 +100,7 @@ def prepare_scenes(
     train,minival,test = SCENES_SIZES[size]
     return write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress)
 
-# %% ../nbs/14_experiments.ipynb #4594d3d8
+# %% ../nbs/14_experiments.ipynb #a70d9f74
 def experiments_dir()->Path:
     "The folder of the experiment notebooks; needs a checkout of the repository."
     path = Path(aladin.__file__).parent.parent/"nbs"/"experiments"
@@ -138,7 +138,7 @@ def _named(name, kind):
         raise InputError(path, kind, f"one of {', '.join(known)}", name, f"did you mean {near[0]}?" if near else "write this file")
     return path
 
-# %% ../nbs/14_experiments.ipynb #420ce7bd
+# %% ../nbs/14_experiments.ipynb #80c8f9a7
 def _fingerprint(config, data):
     "What a run depends on, as a short text: configuration, data and code version."
     told = read_json(Path(data)/"prepared.json"), (Path(data)/"regions"/"store.json").read_text(), (Path(data)/"vocab.txt").read_text(encoding="utf-8")
@@ -205,10 +205,10 @@ def report(
     if not runs: raise InputError(folder, "folder", "runs with a metrics.json", "none", "run some configurations first")
     table = results_table(runs)
     with atomic_write(Path(folder)/"table.csv") as part: table.to_csv(part)
-    with atomic_write(Path(folder)/"table.md") as part: part.write_text(table_markdown(table) + "\n", encoding="utf-8")
+    with atomic_write(Path(folder)/"table.md") as part: part.write_text(table_markdown(table), encoding="utf-8")
     return table
 
-# %% ../nbs/14_experiments.ipynb #30338cf9
+# %% ../nbs/14_experiments.ipynb #44e9de58
 def check_parameters(
     notebook, # path of a notebook with a cell tagged `parameters`
     parameters:dict, # what is going to be passed
@@ -247,7 +247,7 @@ def run_notebook(
     (folder/f"{name}.failed.ipynb").unlink(missing_ok=True)
     return target
 
-# %% ../nbs/14_experiments.ipynb #1c19928b
+# %% ../nbs/14_experiments.ipynb #2c67a890
 CONFIGURATIONS = ("alad-alignment-triplet", "alad-alignment-and-matching-distill")
 
 def run_results(

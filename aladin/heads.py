@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['aggregate', 'alignment_scores', 'AlignmentHead', 'MatchingLayer', 'MatchingHead']
 
-# %% ../nbs/06_heads.ipynb #fa354702
+# %% ../nbs/06_heads.ipynb #d9e1f752
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .backbone import Layout
 from .data import Ragged
 
-# %% ../nbs/06_heads.ipynb #8d6f3b9c
+# %% ../nbs/06_heads.ipynb #bacce1ad
 def aggregate(
     alignments:Tensor, # cosines, [images, captions, regions, words]
     region_mask:Tensor, # True where a region is, [images, regions]
@@ -42,7 +42,7 @@ def _scan(a, region_mask, word_mask, regions, words):
     cosines = F.cosine_similarity(regions[:, None], attended, dim=3)
     return cosines.masked_fill(~(region_mask[:, None] & word_mask.any(1)[None, :, None]), 0).sum(2)
 
-# %% ../nbs/06_heads.ipynb #dce432d6
+# %% ../nbs/06_heads.ipynb #c49d1044
 def alignment_scores(
     regions:Ragged, # region sets of the images, rows of length 1, [total regions, dim]
     words:Ragged, # word sets of the captions, rows of length 1, [total words, dim]
@@ -60,10 +60,10 @@ def alignment_scores(
         return scores / words.lengths.clamp(min=1) if aggregation == "MrAVGw" else scores
     sentences,word_mask = words.padded(),words.mask()
     cosines = torch.einsum("ird,cwd->icrw", padded, sentences)
-    if clamp == "always": cosines = cosines.clamp(min=0)
+    if clamp == "always" and aggregation in ("symm", "MwSr"): cosines = cosines.clamp(min=0)
     return aggregate(cosines, mask, word_mask, aggregation, padded, sentences)
 
-# %% ../nbs/06_heads.ipynb #ef2e16d2
+# %% ../nbs/06_heads.ipynb #231e6b8f
 class AlignmentHead(nn.Module):
     "Prepares the two sets and scores them; has no weights."
     def __init__(self,
@@ -90,7 +90,7 @@ class AlignmentHead(nn.Module):
         clamp = self.clamp if self.clamp == "never" else "batch" if self.training else "always"
         return alignment_scores(regions, words, self.aggregation, clamp)
 
-# %% ../nbs/06_heads.ipynb #528d6ce6
+# %% ../nbs/06_heads.ipynb #6832448e
 class MatchingLayer(nn.Module):
     "A post-norm transformer layer on packed rows."
     def __init__(self,

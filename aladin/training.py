@@ -6,7 +6,7 @@
 __all__ = ['set_seed', 'batch_losses', 'make_optimizer', 'learning_rate', 'clip_gradients', 'PretrainingHead', 'pretrain',
            'TrainingLog', 'selection_score', 'trained_heads', 'train']
 
-# %% ../nbs/09_training.ipynb #49eae25d
+# %% ../nbs/09_training.ipynb #c5ebf2f0
 import random, time
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .data import Ragged, RetrievalSet, training_batches
 from .losses import Criterion
 from .model import AladinModel
 
-# %% ../nbs/09_training.ipynb #0ccedb20
+# %% ../nbs/09_training.ipynb #050872ce
 def set_seed(
     seed:int, # fixes initialisation and dropout; the data order has its own generator with the same seed
 ):
@@ -48,7 +48,7 @@ def batch_losses(
     matching = images.matching[of_pair] if need["matching"] else None
     return criterion(alignment, matching, captions.matching, epoch, step)
 
-# %% ../nbs/09_training.ipynb #f211c131
+# %% ../nbs/09_training.ipynb #bcda80e1
 def make_optimizer(
     model:nn.Module, # its parameters come first, in their own order
     criterion:nn.Module, # what it learns (mse's scale and shift, automatic weights) comes next
@@ -75,19 +75,20 @@ def clip_gradients(
     if max_norm: torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, total)
     return float(total)
 
-# %% ../nbs/09_training.ipynb #a912c9d3
+# %% ../nbs/09_training.ipynb #595d39c7
 class PretrainingHead(nn.Module):
     "Predicts words from the backbone's rows, by the word table."
     def __init__(self,
         model:AladinModel, # whose backbone is trained
         data:RetrievalSet, # training split
+        max_words:int=2000, # only the most frequent word pieces are predicted
     ):
         super().__init__()
         self.model,self.data = model,data
         special = data.tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
         counts = np.bincount(np.concatenate(data.caption_tokens), minlength=model.config.vocab_size)
         counts[special] = 0
-        self.mask_id,words = special[-1],np.flatnonzero(counts)
+        self.mask_id,words = special[-1],np.sort(np.argsort(-counts, kind="stable")[:min(max_words, np.count_nonzero(counts))])
         self.register_buffer("words", torch.as_tensor(words))
         self.register_buffer("column", torch.full((model.config.vocab_size,), -1).index_copy(0, self.words, torch.arange(len(words))))
         self.bias = nn.Parameter(torch.zeros(len(words)))
@@ -147,7 +148,7 @@ def pretrain(
     optimizer.zero_grad()
     return pd.DataFrame(log)
 
-# %% ../nbs/09_training.ipynb #d1ab32df
+# %% ../nbs/09_training.ipynb #ded59fa2
 class TrainingLog:
     "Rows of figures, kept as a table and as TensorBoard scalars."
     def __init__(self,

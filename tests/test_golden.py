@@ -3,7 +3,7 @@
 `ALADIN_GOLDEN` names another recorded folder of the same form: one that holds v1, or v1 itself. Sizes, splits, configurations and cases are
 read from its files.
 """
-import json, os, re
+import copy, json, os, re
 from argparse import Namespace
 from dataclasses import replace
 from functools import cache
@@ -28,6 +28,15 @@ from aladin.training import batch_losses, clip_gradients, learning_rate, make_op
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v1 = here/"v1" if (here/"v1").is_dir() else here
 checkpoints = sorted(v1.glob("*.pth.tar"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Tensors of this size are quickest on one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -78,11 +87,8 @@ def split_data(name):
     return open_split(v1/"data", split, tokenizer(), v1/"feats", keys if keys.exists() else None, settings())
 
 
-def load_model(): return AladinModel.from_original(checkpoints[0], v1/"oscar_ckpt")
-
-
 @cache
-def model(): return load_model()
+def model(): return AladinModel.from_original(checkpoints[0], v1/"oscar_ckpt")
 
 
 @cache
@@ -128,9 +134,7 @@ def test_image_order(split):
 def test_texts(split):
     data,texts = split_data(split),recorded_json(f"texts_{split}")
     assert data.captions == texts["captions"]
-    tags = texts["od_labels"]
-    if isinstance(tags, dict): tags = [tags[o] for o in data.image_ids]
-    assert [" ".join(data.regions.tags(o)) for o in data.image_ids] == tags
+    assert [" ".join(data.regions.tags(o)) for o in data.image_ids] == texts["od_labels"]
 
 
 @pytest.mark.parametrize("split", full_splits)
@@ -173,7 +177,7 @@ def used(array, side):
 
 
 @cache
-def hidden_states(of=model):
+def hidden_states(of):
     images,captions = forward_inputs()
     with torch.no_grad(): return dict(img=of().backbone.encode_images(images, all_layers=True), txt=of().backbone.encode_captions(captions, all_layers=True))
 
@@ -200,7 +204,7 @@ def test_forward_inputs():
 
 @pytest.mark.parametrize("side", mask_of)
 def test_hidden_states(side):
-    recorded,ours = arrays("forward")[f"{side}_hidden_states"],hidden_states()[side]
+    recorded,ours = arrays("forward")[f"{side}_hidden_states"],hidden_states(model)[side]
     layers = json.loads((v1/"oscar_ckpt"/"config.json").read_text())["num_hidden_layers"]
     assert len(ours) == len(recorded) == layers+1
     for layer,(a,b) in enumerate(zip(ours, recorded)): close(a.values, used(b, mask_of[side]), atol=1e-5, what=f"layer {layer}")
@@ -214,7 +218,7 @@ def test_pooled(side): close(pooled(model, side), arrays("forward")[f"{side}_poo
 @pytest.mark.parametrize("side", mask_of)
 def test_attention_of_the_first_layer(side):
     "The fast path never forms the weights: here they are made from its own query and key modules."
-    own,hidden = model().backbone.encoder.layer[0].attention.self,hidden_states()[side][0]
+    own,hidden = model().backbone.encoder.layer[0].attention.self,hidden_states(model)[side][0]
     recorded,mask = tensor("forward", f"{side}_att_layer0"),tensor("forward", f"{mask_of[side]}_attention_mask").bool()
     for i,keep in enumerate(mask):
         with torch.no_grad(): query,key = (f(hidden[i]).unflatten(-1, (recorded.shape[1], -1)).transpose(0, 1) for f in (own.query, own.key))
@@ -226,7 +230,7 @@ def test_attention_of_the_first_layer(side):
 def test_embeddings_and_sets_of_the_batch(side):
     images,captions = forward_inputs()
     with torch.no_grad():
-        hidden = model().backbone.regions_of(hidden_states()["img"][-1], images) if side == "img" else hidden_states()["txt"][-1]
+        hidden = model().backbone.regions_of(hidden_states(model)["img"][-1], images) if side == "img" else hidden_states(model)["txt"][-1]
         close(model().matching(hidden), arrays("forward")[f"{side}_emb"], atol=1e-5)
         encoded = model().encode_images(images) if side == "img" else model().encode_captions(captions)
     close(encoded.matching, arrays("forward")[f"{side}_emb"], atol=1e-5)
@@ -281,11 +285,16 @@ def padded_scores(im, s, case, mode):
 @pytest.mark.parametrize("case, mode", scored)
 def test_alignment_scores(case, mode):
     scores = padded_scores(tensor("alignment", f"{case}_im_set"), tensor("alignment", f"{case}_s_seq"), case, mode)
-    close(scores, arrays("alignment")[f"{case}_{mode}_scores"], atol=1e-5)
+    recorded = tensor("alignment", f"{case}_{mode}_scores").clone()
+    if mode == "scan-sentences":  # a caption without a word: nan in the reference, 0 here
+        nothing = recorded.isnan() & (tensor("alignment", f"{case}_s_len") == 3)
+        recorded[nothing] = 0
+    close(scores, recorded, atol=1e-5)
 
 
 @pytest.mark.parametrize("case, mode", with_gradient)
 def test_alignment_losses(case, mode):
+    "The recorded scores' triplet losses, with the hardest negatives and with all."
     scores = tensor("alignment", f"{case}_{mode}_scores")
     for kind,hardest in (("maxviol", True), ("sum", False)):
         close(triplet_loss(scores, max_violation=hardest), arrays("alignment")[f"{case}_{mode}_loss_{kind}"], rtol=1e-5, what=kind)
@@ -294,15 +303,16 @@ def test_alignment_losses(case, mode):
 @pytest.mark.parametrize("kind", ["gradsum", "gradloss"])
 @pytest.mark.parametrize("case, mode", with_gradient)
 def test_alignment_gradients(case, mode, kind):
-    sets = [tensor("alignment", f"{case}_{o}").clone().requires_grad_() for o in ("im_set", "s_seq")]
+    sets = [tensor("alignment", f"{case}_{o}").double().requires_grad_() for o in ("im_set", "s_seq")]  # only the recording's rounding counts
     scores = padded_scores(*sets, case, mode)
     (scores.sum() if kind == "gradsum" else triplet_loss(scores)).backward()
     for side,leaf in zip(("im", "s"), sets):
-        recorded = tensor("alignment", f"{case}_{mode}_{kind}_{side}")
-        finite = recorded.isfinite()
-        assert mode == "scan-sentences" or finite.all()  # scan-sentences: nan in the reference with any padding, never here
-        assert leaf.grad.isfinite().all()
-        close(leaf.grad[finite], recorded[finite], atol=1e-5, what=side)
+        recorded,ours = tensor("alignment", f"{case}_{mode}_{kind}_{side}"),leaf.grad
+        if mode == "scan-sentences":  # nan in the reference with any padding, never here
+            finite = recorded.isfinite()
+            assert ours.isfinite().all()
+            recorded,ours = recorded[finite],ours[finite]
+        close(ours, recorded, atol=1e-5, what=side)
 
 
 def padding(lengths, width): return "none" if min(lengths) == width else "some" if max(lengths) == width else "all"
@@ -551,13 +561,13 @@ def changed(config, group, **values): return replace(config, **{group: replace(g
 
 def ready_to_train(config):
     "The checkpoint's weights in training mode without dropout, and the configuration's criterion."
-    model,c = load_model(),config.model
-    model.alignment.aggregation,model.freeze_backbone = c.aggregation,c.freeze_backbone
-    model.config.attention_probs_dropout_prob = 0.0
-    for o in model.modules():
+    own,c = copy.deepcopy(model()),config.model
+    own.alignment.aggregation,own.freeze_backbone = c.aggregation,c.freeze_backbone
+    own.config.attention_probs_dropout_prob = 0.0
+    for o in own.modules():
         if isinstance(o, nn.Dropout): o.p = 0.0
         if isinstance(o, nn.MultiheadAttention): o.dropout = 0.0
-    return model.train(),Criterion(config.loss)
+    return own.train(),Criterion(config.loss)
 
 
 def one_step(config):
@@ -686,8 +696,9 @@ def test_three_steps_updates(run):
     before,after,_ = run_of(run)
     for theirs,delta in zip(recorded_json("state_names"), best_recorded("train3", f"{runs[run][0]}final_abs_delta")):
         ours = original_name(theirs)
-        if ours in after and not is_noise(ours) and not ours.endswith("in_proj_bias"): close((after[ours]-before[ours]).double().abs().sum(), delta, rtol=1e-2, what=ours)
-        elif ours is None: assert delta == 0, theirs
+        if ours is None: assert delta == 0, theirs
+        elif not is_noise(ours) and not ours.endswith("in_proj_bias"):
+            close((after[ours]-before[ours]).double().abs().sum(), delta, rtol=1e-2, what=ours)
 
 
 def test_three_steps_final_state():

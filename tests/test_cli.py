@@ -1,0 +1,80 @@
+"The commands that users' scripts rely on, in their exact forms, on the originals' own files."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from aladin.cli import main
+
+golden = Path(__file__).parent/"golden"/"v1"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory): return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module", params=["checkpoint.pth.tar", "checkpoint_zip.pth.tar"])
+def model(request, work):
+    out = work/request.param.split(".")[0]
+    assert main(["convert", "--checkpoint", str(golden/request.param), "--oscar", str(golden/"oscar_ckpt"), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def embeddings(model):
+    out = model/"embeddings.safetensors"
+    assert main(["encode", "--model", str(model), "--data", str(golden/"data"), "--features", str(golden/"feats"), "--split", "test",
+                 "--keys", "test_img_keys.tsv", "--out", str(out)]) == 0
+    return out
+
+
+def test_converted_folder(model):
+    assert {p.name for p in model.iterdir()} >= {"config.json", "model.safetensors", "vocab.txt"}
+
+
+def test_embedding_file(embeddings):
+    with safe_open(embeddings, "np") as f: t = {k: f.get_tensor(k) for k in f.keys()}
+    keys = (golden/"data"/"test_img_keys.tsv").read_text().split()
+    assert t["image_ids"].tolist() == [int(k) for k in keys]
+    assert len(t["image_matching"]) == len(keys) == len(t["region_offsets"]) - 1
+    assert len(t["caption_matching"]) == len(t["caption_image"]) == len(t["word_offsets"]) - 1
+    assert t["region_offsets"][-1] == len(t["regions"]) and t["word_offsets"][-1] == len(t["words"])
+    assert t["regions"].shape[1] == t["words"].shape[1] == t["image_matching"].shape[1]
+    assert (np.diff(t["caption_image"]) >= 0).all()
+
+
+@pytest.mark.parametrize("head", ["matching", "alignment"])
+def test_metrics(embeddings, head):
+    out = embeddings.parent/f"{head}.json"
+    assert main(["evaluate", "--embeddings", str(embeddings), "--head", head, "--json", str(out)]) == 0
+    metrics, expected = json.loads(out.read_text()), np.load(golden/"expected"/"evaluation.npz")
+    assert set(metrics) == {"i2t", "t2i", "rsum"}
+    for direction in ("i2t", "t2i"):
+        want = expected[f"test_{direction}_{head}_metrics"]
+        assert list(metrics[direction]) == ["r1", "r5", "r10", "medr", "meanr"]
+        np.testing.assert_allclose([metrics[direction][k] for k in ("r1", "r5", "r10", "medr")], want[:4], atol=1e-6)
+    assert metrics["rsum"] == pytest.approx(sum(metrics[d][k] for d in ("i2t", "t2i") for k in ("r1", "r5", "r10")))
+
+
+def test_1k_keys_on_encoded_file(embeddings):
+    out = embeddings.parent/"1k.json"
+    assert main(["evaluate", "--embeddings", str(embeddings), "--head", "matching", "--keys", str(golden/"data"/"test_img_keys_1k.tsv"), "--json", str(out)]) == 0
+    want = np.load(golden/"expected"/"evaluation.npz")["test1k_i2t_matching_metrics"]
+    np.testing.assert_allclose(json.loads(out.read_text())["i2t"]["r1"], want[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("command", ["", "prepare", "convert", "train", "encode", "evaluate", "results"])
+def test_help(command):
+    done = subprocess.run([sys.executable, "-c", "from aladin.cli import main; main()", *command.split(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: aladin" in done.stdout
+    if command: assert f"aladin {command} " in done.stdout.split("example:")[1] or "aladin results" in done.stdout.split("example:")[1]
+
+
+def test_bad_input_leaves_nothing(tmp_path, capsys):
+    assert main(["convert", "--checkpoint", str(tmp_path/"none.pth.tar"), "--oscar", str(golden/"oscar_ckpt"), "--out", str(tmp_path/"model")]) == 2
+    assert "none.pth.tar" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
