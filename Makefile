@@ -23,6 +23,9 @@ help: ## list the targets and variables
 	@echo "  NAME=name        name of the data set in the results"
 	@echo "  SIZE=tiny|full   tiny takes minutes and only shows that everything runs (default: full)"
 	@echo "  SEED=number      seed of data and training"
+	@echo "  VOCABULARY=file  a vocab.txt (default: the data's own, or one made from its captions)"
+	@echo "  PICTURES=folder  pictures for the attention figures (default: DATA)"
+	@echo "  FORCE=1          redo what is already there"
 	@echo "  OUT=folder       where the results are written (default: results)"
 	@echo "Variable of all: PYTHON=command that makes .venv (default: python3). To start afresh: rm -rf .venv"
 
@@ -50,7 +53,8 @@ dev: $(VENV)/.dev ## make .venv with the development tools as well
 
 results: $(VENV)/.core ## train, evaluate and compare every configuration; write tables and figures
 	$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
-	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED))
+	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
+	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 	$(RUN) $(BIN)/python -m pytest tests

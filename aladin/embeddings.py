@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Embeddings', 'encode_split', 'save_embeddings', 'load_embeddings', 'score_matrix']
 
-# %% ../nbs/10_embeddings.ipynb #d68face0
+# %% ../nbs/10_embeddings.ipynb #3ae8bd9d
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .data import Ragged, RetrievalSet
 from .heads import alignment_scores
 from .model import AladinModel
 
-# %% ../nbs/10_embeddings.ipynb #7fbc05a4
+# %% ../nbs/10_embeddings.ipynb #80f04761
 @dataclass
 class Embeddings:
     "One encoded split: what both heads compare."
@@ -48,7 +48,7 @@ class Embeddings:
         return Embeddings(self.image_matching[images], self.caption_matching[captions], self.regions[images], self.words[captions],
                           list(image_ids), owner, self.aggregation, self.clamp)
 
-# %% ../nbs/10_embeddings.ipynb #481d3ea2
+# %% ../nbs/10_embeddings.ipynb #0f8966fd
 def _in_batches(lengths, size, description, progress):
     "Item numbers in batches of similar length, longest first, with a progress bar."
     order = np.argsort(-np.asarray(lengths), kind="stable")
@@ -82,7 +82,7 @@ def encode_split(
     clamp = "never" if model.config.clamp == "never" else "always"
     return Embeddings(images[0], captions[0], images[1], captions[1], data.image_ids, torch.as_tensor(data.caption_image), model.config.aggregation, clamp)
 
-# %% ../nbs/10_embeddings.ipynb #e73f3487
+# %% ../nbs/10_embeddings.ipynb #ec3b80a4
 def save_embeddings(
     embeddings:Embeddings, # what to write
     path, # a .safetensors file
@@ -113,7 +113,7 @@ def load_embeddings(
     return Embeddings(t["image_matching"], t["caption_matching"], Ragged(t["regions"], t["region_offsets"].diff()), Ragged(t["words"], t["word_offsets"].diff()),
                       ids, t["caption_image"], meta.get("aggregation", "MrSw"), meta.get("clamp", "always"))
 
-# %% ../nbs/10_embeddings.ipynb #b09d0df7
+# %% ../nbs/10_embeddings.ipynb #7023b29a
 @torch.no_grad()
 def score_matrix(
     embeddings:Embeddings, # an encoded split
@@ -129,4 +129,4 @@ def score_matrix(
     cells = width*len(e.words.values) if e.aggregation in ("MrSw", "MrAVGw") else 3*width*len(e.words)*int(e.words.lengths.max())
     step = max(1, int(memory*2**30 / (8*max(1, cells))))
     blocks = range(0, len(e.regions), step)
-    return torch.cat([alignment_scores(e.regions[i:i+step], e.words, e.aggregation, e.clamp) for i in tqdm(blocks, desc="alignment", disable=not progress)])
+    return torch.cat([alignment_scores(e.regions[i:i+step], e.words, e.aggregation, e.clamp, width) for i in tqdm(blocks, desc="alignment", disable=not progress)])
