@@ -6,7 +6,7 @@
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
            'start_from_text_model', 'save_model']
 
-# %% ../nbs/08_model.ipynb #7eca88a0
+# %% ../nbs/08_model.ipynb #65aebdf5
 import argparse, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .config import InputError, ModelSettings, DataSettings, atomic_dir, config_
 from .data import ImageBatch, Ragged, load_torch_file
 from .heads import AlignmentHead, MatchingHead
 
-# %% ../nbs/08_model.ipynb #85a36ec7
+# %% ../nbs/08_model.ipynb #16c30997
 class AladinConfig(PreTrainedConfig):
     "Geometry of the backbone (BERT's names) and of the heads."
     model_type = "aladin"
@@ -73,7 +73,7 @@ class AladinConfig(PreTrainedConfig):
                    aggregation=m.aggregation, drop_first_region=m.drop_first_region, drop_last_word=m.drop_last_word, clamp=m.clamp,
                    max_tokens=data.max_tokens, max_regions=data.max_regions)
 
-# %% ../nbs/08_model.ipynb #05664dba
+# %% ../nbs/08_model.ipynb #024df1dc
 @dataclass
 class Encoded:
     "Images or captions, encoded."
@@ -133,7 +133,7 @@ class AladinModel(PreTrainedModel):
         i,c = self.encode_images(images),self.encode_captions(captions)
         return self.alignment(i.sets, c.sets), i.matching @ c.matching.T
 
-# %% ../nbs/08_model.ipynb #a7b2555f
+# %% ../nbs/08_model.ipynb #9bc6a025
 _PREFIXES = (("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."))
 _UNUSED = ("img_txt_enc.img_proj.", "img_txt_enc.cap_proj.", "distillation_loss.")
 
@@ -163,7 +163,7 @@ def load_original_weights(
     if problems: raise InputError(path, "tensors", "the tensors of this geometry", "; ".join(problems), "give the Oscar folder and the configuration that belong to this checkpoint")
     model.load_state_dict(ours, strict=False)
 
-# %% ../nbs/08_model.ipynb #313a5f4b
+# %% ../nbs/08_model.ipynb #1bd6bf7c
 def _original_config(oscar_dir, checkpoint, path):
     "The geometry of an original model: Oscar's config.json, the checkpoint's configuration and arguments."
     o = read_json(Path(oscar_dir)/"config.json")
@@ -205,13 +205,14 @@ def model_from_original(
 
 AladinModel.from_original = staticmethod(model_from_original)
 
-# %% ../nbs/08_model.ipynb #e7cd949b
+# %% ../nbs/08_model.ipynb #243bbc2f
 def start_from_text_model(
     model:AladinModel, # a new model
     path:str, # local folder or hub name of a BERT
 ):
     "Copy a text model's embeddings and layers into the backbone; raises `InputError` where the geometry differs."
-    source = AutoModel.from_pretrained(path).state_dict()
+    try: source = AutoModel.from_pretrained(path).state_dict()
+    except OSError as e: raise InputError(path, "model.init_from", "a text model's folder or hub name", str(e).split("\n")[0][:200], "put the model there or change model.init_from") from None
     own = model.backbone.state_dict()
     chosen = {n: t for n,t in source.items() if n.startswith(("embeddings.", "encoder."))}
     bad = [f"{n} {tuple(t.shape)}" for n,t in chosen.items() if n in own and t.shape != own[n].shape]
