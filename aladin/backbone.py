@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layout', 'Backbone']
 
-# %% ../nbs/05_backbone.ipynb #c964adf7
+# %% ../nbs/05_backbone.ipynb #ceb1c319
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, 
 
 from .data import ImageBatch, Ragged
 
-# %% ../nbs/05_backbone.ipynb #48c547d2
+# %% ../nbs/05_backbone.ipynb #0a762201
 class Layout:
     "Where packed rows stand in the padded view that attention needs."
     def __init__(self,
@@ -36,7 +36,7 @@ class Layout:
         out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), attn_mask=self.mask, dropout_p=dropout)
         return out.transpose(1, 2).reshape(self.count*self.width, -1)[self.slots]
 
-# %% ../nbs/05_backbone.ipynb #e2f905e9
+# %% ../nbs/05_backbone.ipynb #e478955a
 def _layer(layer, hidden, layout, heads, attention_dropout):
     "One BERT layer on packed rows [rows, hidden]."
     own = layer.attention.self

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/15_cli.ipynb #927fbcb8
+# %% ../nbs/15_cli.ipynb #9f2027c9
 import argparse, sys
 from pathlib import Path
 
 from .config import DataSettings, InputError, RunFailed, write_json
 
-# %% ../nbs/15_cli.ipynb #9a89277c
+# %% ../nbs/15_cli.ipynb #a8748d30
 def _prepare(a):
     from aladin.experiments import prepare_data, prepare_scenes
     if a.data == "scenes":
-        summary = prepare_scenes(Path(a.out)/"scenes", a.size, a.seed)
+        summary = prepare_scenes(Path(a.out)/"scenes", a.size, a.seed or 0)
         print(f"symbolic ceiling: {summary['ceiling']}")
         print(prepare_data(Path(a.out)/"scenes", Path(a.out)/"data"))
     else: print(prepare_data(a.data, a.out, a.features, a.vocabulary, a.dtype))
@@ -39,9 +39,8 @@ def _encode(a):
     import torch
     from aladin.data import load_tokenizer, open_split
     from aladin.embeddings import encode_split, save_embeddings
-    from aladin.model import AladinModel
-    if not (Path(a.model)/"config.json").exists(): raise InputError(a.model, "model folder", "config.json, model.safetensors and vocab.txt", "no config.json", "make it with aladin convert or aladin train")
-    model = AladinModel.from_pretrained(a.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    from aladin.model import load_model
+    model = load_model(a.model).to("cuda" if torch.cuda.is_available() else "cpu")
     data = open_split(a.data, a.split, load_tokenizer(a.vocabulary or a.model), a.features, a.keys, _settings_of(model, a))
     embeddings = encode_split(model, data, a.batch_size)
     save_embeddings(embeddings, a.out)
@@ -63,7 +62,7 @@ def _results(a):
     table = run_results(a.out, a.data, a.features, a.name, a.size, a.seed, a.settings, a.vocabulary, a.pictures, a.force, a.configuration or CONFIGURATIONS, say=lambda line: print(line, flush=True))
     print(table.round(1).to_string(index=False))
 
-# %% ../nbs/15_cli.ipynb #f6a836a7
+# %% ../nbs/15_cli.ipynb #9ccac4ac
 def _options(parser, *names):
     "Options that several commands share."
     shared = dict(
@@ -72,7 +71,7 @@ def _options(parser, *names):
         out=dict(required=True, metavar="PATH", help="what to write"),
         vocabulary=dict(metavar="FILE", help="a vocab.txt (default: the one that belongs to the data or the model)"),
         keys=dict(metavar="FILE", help="key file that chooses and orders the images; a bare name is looked up in the data folder"),
-        seed=dict(type=int, default=0, help="random seed (default: 0)"))
+        seed=dict(type=int, help="random seed (default: 0 for scenes, the configuration's for training)"))
     for name in names: parser.add_argument(f"--{name}", **shared[name])
 
 def make_parser()->argparse.ArgumentParser:

@@ -7,7 +7,7 @@ __all__ = ['Aggregation', 'Clamp', 'Term', 'InputError', 'RunFailed', 'atomic_wr
            'ModelSettings', 'DataSettings', 'LossSettings', 'TrainingSettings', 'ExperimentConfig', 'config_from_dict',
            'config_from_authors', 'load_config', 'config_to_dict']
 
-# %% ../nbs/00_config.ipynb #f071ce9e
+# %% ../nbs/00_config.ipynb #0a440681
 import difflib, json, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints, Literal
 
 import yaml
 
-# %% ../nbs/00_config.ipynb #94ec001b
+# %% ../nbs/00_config.ipynb #afe1c7f0
 class InputError(ValueError):
     "Bad input: names the file, the place in it, what was expected, what was found and how to mend it."
     def __init__(self,
@@ -34,7 +34,7 @@ class InputError(ValueError):
 class RunFailed(RuntimeError):
     "An experiment notebook failed; the message says where it lies."
 
-# %% ../nbs/00_config.ipynb #0916ed90
+# %% ../nbs/00_config.ipynb #8c18e6e4
 @contextmanager
 def atomic_write(
     path, # the file to write
@@ -49,7 +49,7 @@ def atomic_write(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #fb137641
+# %% ../nbs/00_config.ipynb #f6a8eff7
 @contextmanager
 def atomic_dir(
     path, # the folder to make
@@ -69,7 +69,7 @@ def atomic_dir(
         os.replace(part, path)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #d1ef5ef5
+# %% ../nbs/00_config.ipynb #68774dcc
 def write_json(
     path, # the file to write
     value, # anything that JSON holds
@@ -86,7 +86,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(path, "file", "JSON", str(e), "write the file again") from None
 
-# %% ../nbs/00_config.ipynb #8e197fda
+# %% ../nbs/00_config.ipynb #e040d8db
 Aggregation = Literal["MrSw", "MrAVGw", "symm", "MwSr", "sum", "mean", "scan-sentences"]
 Clamp = Literal["reference", "never"]
 Term = Literal["alignment", "matching", "distillation", "entropy"]
@@ -155,7 +155,7 @@ class ExperimentConfig:
     loss:LossSettings = field(default_factory=LossSettings)
     training:TrainingSettings = field(default_factory=TrainingSettings)
 
-# %% ../nbs/00_config.ipynb #47398bb4
+# %% ../nbs/00_config.ipynb #c009f2d2
 def _check_type(path, key, hint, value):
     if hint is Any or hint is list and isinstance(value, list): return value
     if get_origin(hint) is Literal:
@@ -163,7 +163,7 @@ def _check_type(path, key, hint, value):
         expected = "one of " + ", ".join(map(str, get_args(hint)))
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
     elif type(value) is hint: return value
-    else: expected = f"a value of type {hint.__name__}"
+    else: expected = f"a value of type {hint.__name__}" + (" (YAML reads 1e-5 as text: write 1.0e-5)" if hint is float else "")
     raise InputError(path, key, expected, repr(value), f"correct the value of {key}")
 
 def _fill(cls, values, path, prefix=""):
@@ -178,16 +178,30 @@ def _fill(cls, values, path, prefix=""):
         out[key] = _fill(hint, value, path, f"{prefix}{key}.") if is_dataclass(hint) else _check_type(path, prefix+key, hint, value)
     return cls(**out)
 
+_POSITIVE = ("model.hidden_size", "model.layers", "model.attention_heads", "model.intermediate_size", "model.matching_layers", "data.max_regions",
+             "data.captions_per_image", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr")
+
 def _check(config, path):
-    loss = config.loss
+    loss,model = config.loss,config.model
+    def refuse(key, expected, found, fix=None): raise InputError(path, key, expected, str(found), fix or f"correct the value of {key}")
+    for key in _POSITIVE:
+        group,name = key.split(".")
+        if (value := getattr(getattr(config, group), name)) <= 0: refuse(key, "a number above 0", value)
+    if not 3 <= config.data.max_tokens <= 512: refuse("data.max_tokens", "3 to 512", config.data.max_tokens)
+    if not loss.terms or len(set(loss.terms)) < len(loss.terms): refuse("loss.terms", "one or more different terms", loss.terms)
+    if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
+    if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)
+    if model.freeze_backbone and loss.terms == ["alignment"]: refuse("model.freeze_backbone", "false for a loss of the alignment head, which has no weights of its own", "true")
+    if model.hidden_size % 4: refuse("model.hidden_size", "a multiple of 4, the matching head's attention heads", model.hidden_size)
     for term in loss.terms: _check_type(path, "loss.terms", Term, term)
+    if isinstance(loss.weights, list): loss.weights = [_check_type(path, "loss.weights", float, w) for w in loss.weights]
     if loss.weights != "auto" and (not isinstance(loss.weights, list) or len(loss.weights) != len(loss.terms)):
         raise InputError(path, "loss.weights", f"{len(loss.terms)} numbers, one a term, or auto", repr(loss.weights), "give one weight for each of loss.terms")
     if config.model.hidden_size % config.model.attention_heads:
         raise InputError(path, "model.attention_heads", f"a divisor of hidden_size {config.model.hidden_size}", str(config.model.attention_heads), "change one of them")
     return config
 
-# %% ../nbs/00_config.ipynb #2773b590
+# %% ../nbs/00_config.ipynb #97756316
 def config_from_dict(
     values:dict, # nested groups and values, as in our YAML
     path="configuration", # what to name in errors
@@ -195,7 +209,7 @@ def config_from_dict(
     "A checked `ExperimentConfig`; raises `InputError` for an unknown key or a value that does not fit."
     return _check(_fill(ExperimentConfig, values, path), path)
 
-# %% ../nbs/00_config.ipynb #d444b919
+# %% ../nbs/00_config.ipynb #8d704df6
 _AUTHORS_MODEL = {"embed-size": "hidden_size", "tern-layers": "matching_layers", "dropout": "dropout", "freeze-teran": "freeze_backbone"}
 _AUTHORS_TRAINING = {"lr": "lr", "grad-clip": "grad_clip", "bs": "batch_size", "gamma": "gamma", "step-size": "step_size"}
 _AUTHORS_LOSS = {"max-violation": "max_violation", "margin": "margin", "measure": "measure", "distillation-mode": "distillation", "loss-weights": "weights",
@@ -219,6 +233,9 @@ def config_from_authors(
 )->ExperimentConfig:
     "Translate a configuration of the original program."
     model,loss,training = {},{},{}
+    for group in ("model", "training", "dataset"):
+        if not isinstance(values.get(group, {}), dict): raise InputError(path, group, "a mapping of keys to values", repr(values[group]), "write `key: value` lines")
+    for key,value in values.get("dataset", {}).items(): _authors_fixed(path, "dataset", key, value)
     for key,value in values.get("model", {}).items():
         if key in _AUTHORS_MODEL: model[_AUTHORS_MODEL[key]] = value
         else: _authors_fixed(path, "model", key, value)
@@ -233,7 +250,7 @@ def config_from_authors(
         raise InputError(path, f"key {group}", "model, training or dataset", "an unknown key", "remove it")
     return config_from_dict(dict(model=model, loss=loss, training=training), path)
 
-# %% ../nbs/00_config.ipynb #a0a83014
+# %% ../nbs/00_config.ipynb #42173360
 def load_config(
     path, # a YAML file, ours or the authors'
     overrides:dict|None=None, # dotted keys to change, such as {"training.lr": 1e-4}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Embeddings', 'encode_split', 'save_embeddings', 'load_embeddings', 'score_matrix']
 
-# %% ../nbs/10_embeddings.ipynb #3ae8bd9d
+# %% ../nbs/10_embeddings.ipynb #7e1ff671
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .data import Ragged, RetrievalSet
 from .heads import alignment_scores
 from .model import AladinModel
 
-# %% ../nbs/10_embeddings.ipynb #80f04761
+# %% ../nbs/10_embeddings.ipynb #54da6ccd
 @dataclass
 class Embeddings:
     "One encoded split: what both heads compare."
@@ -40,6 +40,7 @@ class Embeddings:
     ):
         "Some images with their captions."
         row = {k: i for i,k in enumerate(self.image_ids)}
+        if not image_ids: raise InputError("embeddings", "images", "at least one image id", "none", "check the key file")
         absent = [k for k in image_ids if k not in row]
         if absent: raise InputError("embeddings", f"image {absent[0]}", "an encoded image", f"{len(absent)} ids that are not in the file", "encode with these keys")
         images = torch.tensor([row[k] for k in image_ids])
@@ -48,7 +49,7 @@ class Embeddings:
         return Embeddings(self.image_matching[images], self.caption_matching[captions], self.regions[images], self.words[captions],
                           list(image_ids), owner, self.aggregation, self.clamp)
 
-# %% ../nbs/10_embeddings.ipynb #0f8966fd
+# %% ../nbs/10_embeddings.ipynb #c57a9756
 def _in_batches(lengths, size, description, progress):
     "Item numbers in batches of similar length, longest first, with a progress bar."
     order = np.argsort(-np.asarray(lengths), kind="stable")
@@ -82,14 +83,14 @@ def encode_split(
     clamp = "never" if model.config.clamp == "never" else "always"
     return Embeddings(images[0], captions[0], images[1], captions[1], data.image_ids, torch.as_tensor(data.caption_image), model.config.aggregation, clamp)
 
-# %% ../nbs/10_embeddings.ipynb #ec3b80a4
+# %% ../nbs/10_embeddings.ipynb #350dc9e5
 def save_embeddings(
     embeddings:Embeddings, # what to write
     path, # a .safetensors file
 ):
     "Write one file: matching vectors, ragged sets with their offsets, ids and owners."
     e = embeddings
-    numeric = all(o.isdigit() for o in e.image_ids)
+    numeric = all(o.isascii() and o.isdecimal() and len(o) < 19 for o in e.image_ids)
     tensors = dict(image_matching=e.image_matching, caption_matching=e.caption_matching, regions=e.regions.values, region_offsets=e.regions.offsets,
                    words=e.words.values, word_offsets=e.words.offsets, caption_image=e.caption_image.long(),
                    image_ids=torch.tensor([int(o) for o in e.image_ids]) if numeric else torch.arange(len(e.image_ids)))
@@ -113,7 +114,7 @@ def load_embeddings(
     return Embeddings(t["image_matching"], t["caption_matching"], Ragged(t["regions"], t["region_offsets"].diff()), Ragged(t["words"], t["word_offsets"].diff()),
                       ids, t["caption_image"], meta.get("aggregation", "MrSw"), meta.get("clamp", "always"))
 
-# %% ../nbs/10_embeddings.ipynb #7023b29a
+# %% ../nbs/10_embeddings.ipynb #db59b5b9
 @torch.no_grad()
 def score_matrix(
     embeddings:Embeddings, # an encoded split
@@ -125,7 +126,7 @@ def score_matrix(
     e = embeddings
     if head == "matching": return e.image_matching @ e.caption_matching.T
     if head != "alignment": raise ValueError(f"head {head!r} is not one of alignment, matching")
-    width = int(e.regions.lengths.max())
+    width = max(1, int(e.regions.lengths.max()))
     cells = width*len(e.words.values) if e.aggregation in ("MrSw", "MrAVGw") else 3*width*len(e.words)*int(e.words.lengths.max())
     step = max(1, int(memory*2**30 / (8*max(1, cells))))
     blocks = range(0, len(e.regions), step)

@@ -6,7 +6,7 @@
 __all__ = ['image_to_text_ranks', 'text_to_image_ranks', 'rank_metrics', 'retrieval_metrics', 'evaluate_embeddings',
            'evaluate_model']
 
-# %% ../nbs/11_evaluation.ipynb #06915d52
+# %% ../nbs/11_evaluation.ipynb #f5bd2d41
 import time
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .embeddings import Embeddings, encode_split, score_matrix
 
-# %% ../nbs/11_evaluation.ipynb #b95d79f6
+# %% ../nbs/11_evaluation.ipynb #f82ea059
 def image_to_text_ranks(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
@@ -33,7 +33,7 @@ def text_to_image_ranks(
     right = scores.gather(0, caption_image[None])
     return ((scores > right).sum(0) + ((scores == right).sum(0) - 1)//2).numpy()
 
-# %% ../nbs/11_evaluation.ipynb #b7ae5cf0
+# %% ../nbs/11_evaluation.ipynb #b8f71476
 def rank_metrics(
     ranks:np.ndarray, # 0-based
 )->dict: # r1, r5, r10 (percent), medr, meanr (1-based)
@@ -45,11 +45,12 @@ def retrieval_metrics(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
 )->dict: # i2t, t2i (see `rank_metrics`) and rsum
-    "Both directions and the sum of the six recalls."
+    "Both directions and the sum of the six recalls; raises FloatingPointError where a score is no number, which would beat and lose to nothing."
+    if not torch.isfinite(scores).all(): raise FloatingPointError("some scores are not finite: the model has diverged or its embeddings are broken")
     i2t,t2i = (rank_metrics(f(scores, caption_image)) for f in (image_to_text_ranks, text_to_image_ranks))
     return dict(i2t=i2t, t2i=t2i, rsum=sum(d[k] for d in (i2t, t2i) for k in ("r1", "r5", "r10")))
 
-# %% ../nbs/11_evaluation.ipynb #66aeacda
+# %% ../nbs/11_evaluation.ipynb #19955099
 def evaluate_embeddings(
     embeddings:Embeddings, # an encoded split
     heads:tuple=("alignment", "matching"), # which heads

@@ -7,8 +7,8 @@ __all__ = ['SCENES_SIZES', 'CONFIGURATIONS', 'provenance', 'prepare_data', 'prep
            'experiment_config', 'train_run', 'evaluate_run', 'report', 'check_parameters', 'run_notebook',
            'run_results']
 
-# %% ../nbs/14_experiments.ipynb #bd60a2d7
-import difflib, json, os, platform, shutil, subprocess, time, zlib
+# %% ../nbs/14_experiments.ipynb #30a8b424
+import difflib, hashlib, json, os, platform, shutil, subprocess, time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +20,16 @@ import yaml
 
 import aladin
 from .config import ExperimentConfig, InputError, RunFailed, atomic_dir, atomic_write, config_from_dict, config_to_dict, load_config, read_json, write_json
-from .data import build_vocabulary, captions_file, load_tokenizer, open_split, read_captions
+from .data import build_vocabulary, captions_file, load_tokenizer, open_split, read_captions, read_keys
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
-from .model import AladinConfig, AladinModel, save_model, start_from_text_model
+from .model import AladinConfig, AladinModel, load_model, save_model, start_from_text_model
 from .plots import plot_results, results_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
 from .training import TrainingLog, pretrain, set_seed, train, trained_heads
 
-# %% ../nbs/14_experiments.ipynb #898aa809
+# %% ../nbs/14_experiments.ipynb #4643a9a3
 def _git(*words):
     try: return subprocess.run(["git", *words], cwd=Path(aladin.__file__).parent, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ""
@@ -54,7 +54,7 @@ def _installed(name):
     try: return bool(version(name))
     except ImportError: return False
 
-# %% ../nbs/14_experiments.ipynb #404dcf51
+# %% ../nbs/14_experiments.ipynb #fa4705a7
 def _vocabulary_lines(data, vocabulary, regions):
     "The vocabulary asked for, the data set's own, or one made from the training split."
     source = Path(vocabulary) if vocabulary else Path(data)/"vocab.txt"
@@ -75,8 +75,14 @@ def prepare_data(
     "Convert the regions, copy captions and keys, settle the vocabulary; all or nothing."
     data,out = Path(data),Path(out)
     if not data.is_dir(): raise InputError(data, "data folder", "a folder in the COCO-IR layout", "nothing there", "check the path")
+    if overwrite and out.exists() and any(out.iterdir()) and not (out/"prepared.json").exists():
+        raise InputError(out, "output folder", "an empty folder, or a prepared one to replace", "other files", "choose another folder")
+    if vocabulary: load_tokenizer(vocabulary)
+    source = Path(features) if features else data/"regions" if (data/"regions").is_dir() else data
     with atomic_dir(out, overwrite) as part:
-        regions = convert_regions(features or data, part/"regions", dtype=dtype, progress=progress)
+        if (source/"store.json").exists(): shutil.copytree(source, part/"regions")
+        else: convert_regions(source, part/"regions", dtype=dtype, progress=progress)
+        regions = open_regions(part/"regions")
         counts = dict(images=len(regions), region_dim=int(regions.dim))
         for split in ("train", "minival", "test"):
             source = captions_file(data, split)
@@ -100,7 +106,7 @@ def prepare_scenes(
     train,minival,test = SCENES_SIZES[size]
     return write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress)
 
-# %% ../nbs/14_experiments.ipynb #a70d9f74
+# %% ../nbs/14_experiments.ipynb #c7cfc66e
 def experiments_dir()->Path:
     "The folder of the experiment notebooks; needs a checkout of the repository."
     path = Path(aladin.__file__).parent.parent/"nbs"/"experiments"
@@ -121,8 +127,12 @@ def experiment_config(
     values = config_to_dict(load_config(path))
     if settings:
         source = _named(settings, "settings")
+        if not source.exists(): raise InputError(source, "file", "a YAML file of settings", "nothing there", "check the path")
         changes = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
         if extra := set(changes) - {"all", "configurations"}: raise InputError(source, f"key {min(extra)}", "all or configurations", "an unknown key", "move it under one of them")
+        known = sorted({p.stem for p in (experiments_dir()/"configurations").glob("*.yaml")} | {values["name"]})
+        for c in changes.get("configurations") or {}:
+            if c not in known: raise InputError(source, f"configurations.{c}", f"one of {', '.join(known)}", "an unknown configuration", f"did you mean {difflib.get_close_matches(c, known, 1, 0)[0]}?")
         values = _merge(_merge(values, changes.get("all") or {}), (changes.get("configurations") or {}).get(values["name"]) or {})
         path = f"{path} with {source}"
     if seed is not None: values["seed"] = seed
@@ -138,11 +148,13 @@ def _named(name, kind):
         raise InputError(path, kind, f"one of {', '.join(known)}", name, f"did you mean {near[0]}?" if near else "write this file")
     return path
 
-# %% ../nbs/14_experiments.ipynb #80c8f9a7
+# %% ../nbs/14_experiments.ipynb #08936688
 def _fingerprint(config, data):
-    "What a run depends on, as a short text: configuration, data and code version."
-    told = read_json(Path(data)/"prepared.json"), (Path(data)/"regions"/"store.json").read_text(), (Path(data)/"vocab.txt").read_text(encoding="utf-8")
-    return f"{zlib.crc32(json.dumps([config_to_dict(config), told, aladin.__version__], sort_keys=True).encode()):08x}"
+    "What a run depends on, as a short text: configuration, prepared files and the package's code."
+    files = [*sorted(p for p in Path(data).iterdir() if p.is_file() and p.name != "made_from.json"), Path(data)/"regions"/"store.json", *sorted(Path(aladin.__file__).parent.glob("*.py"))]
+    digest = hashlib.sha256(json.dumps(config_to_dict(config), sort_keys=True).encode())
+    for p in files: digest.update(p.read_bytes())
+    return digest.hexdigest()[:12]
 
 def train_run(
     config:ExperimentConfig, # what to train
@@ -152,6 +164,7 @@ def train_run(
 )->dict: # best step, its minival metrics, seconds
     "Train one configuration and keep its best model on minival."
     run,start = Path(run),time.perf_counter()
+    if not (Path(data)/"prepared.json").exists(): raise InputError(data, "prepared.json", "a prepared folder", "none", "make one with aladin prepare")
     run.mkdir(parents=True, exist_ok=True)
     tokenizer,regions = load_tokenizer(data),open_regions(Path(data)/"regions")
     training,minival = (open_split(data, s, tokenizer, regions, settings=config.data) for s in ("train", "minival"))
@@ -161,10 +174,10 @@ def train_run(
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if config.training.pretrain_steps: _write_csv(pretrain(model, training, config.training, config.seed, progress), run/"pretraining.csv")
     log = TrainingLog(run/"tensorboard")
-    history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), log, progress)
+    history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), log,
+                          lambda m: save_model(m, Path(data)/"vocab.txt", run/"model"), progress)
     log.close()
     _write_csv(history, run/"history.csv")
-    save_model(model, Path(data)/"vocab.txt", run/"model")
     summary = dict(best_step=best["step"], minival=best["metrics"], train_seconds=round(time.perf_counter()-start, 1), fingerprint=_fingerprint(config, data), config=config_to_dict(config))
     write_json(run/"training.json", summary)
     return summary
@@ -181,17 +194,16 @@ def evaluate_run(
     "Encode the test set once, evaluate the trained heads on all of it and on its 1K key file, write metrics.json."
     run,start = Path(run),time.perf_counter()
     training = read_json(run/"training.json")
-    model = AladinModel.from_pretrained(run/"model").to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run/"model").to("cuda" if torch.cuda.is_available() else "cpu")
     config = config_from_dict(training["config"])
     heads = trained_heads(config.loss.terms)
-    test = open_split(data, "test", load_tokenizer(run/"model"), settings=config.data)
+    keys = Path(data)/"test_img_keys.tsv"
+    test = open_split(data, "test", load_tokenizer(run/"model"), keys=keys.name if keys.exists() else None, settings=config.data)
     embeddings = encode_split(model, test, progress=progress)
     save_embeddings(embeddings, run/"model"/"test.safetensors")
     metrics = dict(data=name, configuration=config.name, heads=evaluate_embeddings(embeddings, heads, progress), images=len(test.image_ids), captions=len(test))
     keys = Path(data)/"test_img_keys_1k.tsv"
-    if keys.exists():
-        some = [k for k in keys.read_text().split() if k in set(embeddings.image_ids)]
-        metrics["heads_1k"] = evaluate_embeddings(embeddings.subset(some), heads)
+    if keys.exists(): metrics["heads_1k"] = evaluate_embeddings(embeddings.subset(read_keys(keys)), heads)
     metrics |= dict(parameters=sum(p.numel() for p in model.parameters()), best_step=training["best_step"], minival=training["minival"], train_seconds=training["train_seconds"],
                     evaluate_seconds=round(time.perf_counter()-start, 1), seed=config.seed, config=training["config"], fingerprint=training["fingerprint"], **{"made by": provenance(config.seed)})
     write_json(run/"metrics.json", metrics)
@@ -201,14 +213,14 @@ def report(
     folder, # results/<data set>
 )->pd.DataFrame:
     "Gather every run's metrics.json into table.md and table.csv."
-    runs = [read_json(p) for p in sorted(Path(folder).glob("*/metrics.json"))]
+    runs = [read_json(p) for p in sorted(Path(folder).glob("*/metrics.json")) if p.parent.suffix != ".part"]
     if not runs: raise InputError(folder, "folder", "runs with a metrics.json", "none", "run some configurations first")
     table = results_table(runs)
     with atomic_write(Path(folder)/"table.csv") as part: table.to_csv(part)
     with atomic_write(Path(folder)/"table.md") as part: part.write_text(table_markdown(table), encoding="utf-8")
     return table
 
-# %% ../nbs/14_experiments.ipynb #44e9de58
+# %% ../nbs/14_experiments.ipynb #eced06eb
 def check_parameters(
     notebook, # path of a notebook with a cell tagged `parameters`
     parameters:dict, # what is going to be passed
@@ -247,7 +259,7 @@ def run_notebook(
     (folder/f"{name}.failed.ipynb").unlink(missing_ok=True)
     return target
 
-# %% ../nbs/14_experiments.ipynb #2c67a890
+# %% ../nbs/14_experiments.ipynb #29ddb496
 CONFIGURATIONS = ("alad-alignment-triplet", "alad-alignment-and-matching-distill")
 
 def run_results(
@@ -256,7 +268,7 @@ def run_results(
     features=None, # folder with the regions; `data` when not given
     name=None, # of the data set; the folder's name when not given
     size:str="full", # full, or tiny: only shows that everything runs
-    seed:int=0, # of data and training
+    seed=None, # of scenes and training; when not given 0 for scenes and the configuration's for training
     settings=None, # settings file; by the data set's name when there is one, else default
     vocabulary=None, # a vocab.txt
     pictures=None, # folder with the pictures, for the attention figures
@@ -270,23 +282,31 @@ def run_results(
     settings = settings or ("tiny" if size == "tiny" else name if (experiments_dir()/"settings"/f"{name}.yaml").exists() else "default")
     prepared = folder/"data"
     pictures = pictures or (folder/"scenes" if data is None else data)
-    for c in configurations: experiment_config(c, settings, seed)
-    if force or not (prepared/"prepared.json").exists():
+    configs = {c: experiment_config(c, settings, seed) for c in configurations}
+    source = dict(data=str(data or ""), features=str(features or ""), size=size, seed=seed or 0, vocabulary=str(vocabulary or ""))
+    made_from = prepared/"made_from.json"
+    if force or not made_from.exists() or read_json(made_from) != source | _stamps(data, features):
         say(f"{name}: preparing")
-        run_notebook("prepare", folder, dict(data=str(data or ""), features=str(features or ""), out=str(folder), size=size, seed=seed, vocabulary=str(vocabulary or "")))
-    for c in configurations: _run_configuration(c, settings, seed, prepared, folder/c, name, pictures, force, say)
+        run_notebook("prepare", folder, dict(source, out=str(folder)))
+        write_json(made_from, source | _stamps(data, features))
+    for c,config in configs.items(): _run_configuration(c, config, settings, prepared, folder/config.name, name, pictures, force, say)
     run_notebook("report", folder, dict(folder=str(folder)))
     say(f"{name}: done in {time.perf_counter()-start:.0f} s; see {folder/'table.md'}")
     return pd.read_csv(folder/"table.csv")
 
-def _run_configuration(name, settings, seed, prepared, run, data_name, pictures, force, say):
+def _stamps(*folders):
+    "Sizes and times of the source files, to notice that they were written anew."
+    files = [p for f in folders if f for p in sorted(Path(f).iterdir()) if p.is_file()]
+    return dict(files=[[p.name, p.stat().st_size, int(p.stat().st_mtime)] for p in files])
+
+def _run_configuration(configuration, config, settings, prepared, run, data_name, pictures, force, say):
     "The three stages of one configuration in `run`.part, renamed when whole."
-    want = _fingerprint(experiment_config(name, settings, seed), prepared)
+    want,name = _fingerprint(config, prepared),config.name
     def made(path): return (path/"training.json").exists() and read_json(path/"training.json")["fingerprint"] == want
     if not force and made(run) and (run/"metrics.json").exists() and (run/"model").is_dir(): return say(f"{name}: already there")
     part = run.with_name(run.name + ".part")
     if part.exists() and (force or not made(part)): shutil.rmtree(part)
-    stages = dict(train=dict(configuration=name, settings=settings, data=str(prepared), run=str(part), seed=seed), evaluate=dict(run=str(part), data=str(prepared), name=data_name),
+    stages = dict(train=dict(configuration=configuration, settings=settings, data=str(prepared), run=str(part), seed=config.seed), evaluate=dict(run=str(part), data=str(prepared), name=data_name),
                   attention=dict(run=str(part), data=str(prepared), pictures=str(pictures)))
     for stage,parameters in stages.items():
         if (part/f"{stage}.ipynb").exists(): continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['aggregate', 'alignment_scores', 'AlignmentHead', 'MatchingLayer', 'MatchingHead']
 
-# %% ../nbs/06_heads.ipynb #ac145fb9
+# %% ../nbs/06_heads.ipynb #21b1118a
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .backbone import Layout
 from .data import Ragged
 
-# %% ../nbs/06_heads.ipynb #70f4e03a
+# %% ../nbs/06_heads.ipynb #23f01184
 def aggregate(
     alignments:Tensor, # cosines, [images, captions, regions, words]
     region_mask:Tensor, # True where a region is, [images, regions]
@@ -42,7 +42,7 @@ def _scan(a, region_mask, word_mask, regions, words):
     cosines = F.cosine_similarity(regions[:, None], attended, dim=3)
     return cosines.masked_fill(~(region_mask[:, None] & word_mask.any(1)[None, :, None]), 0).sum(2)
 
-# %% ../nbs/06_heads.ipynb #abf2be3d
+# %% ../nbs/06_heads.ipynb #1551857e
 def alignment_scores(
     regions:Ragged, # region sets of the images, rows of length 1, [total regions, dim]
     words:Ragged, # word sets of the captions, rows of length 1, [total words, dim]
@@ -64,7 +64,7 @@ def alignment_scores(
     if clamp == "always" and aggregation in ("symm", "MwSr"): cosines = cosines.clamp(min=0)
     return aggregate(cosines, mask, word_mask, aggregation, padded, sentences)
 
-# %% ../nbs/06_heads.ipynb #8b1bd3de
+# %% ../nbs/06_heads.ipynb #9d568d96
 class AlignmentHead(nn.Module):
     "Prepares the two sets and scores them; has no weights."
     def __init__(self,
@@ -91,7 +91,7 @@ class AlignmentHead(nn.Module):
         clamp = self.clamp if self.clamp == "never" else "batch" if self.training else "always"
         return alignment_scores(regions, words, self.aggregation, clamp)
 
-# %% ../nbs/06_heads.ipynb #4f55dc10
+# %% ../nbs/06_heads.ipynb #29945f17
 class MatchingLayer(nn.Module):
     "A post-norm transformer layer on packed rows."
     def __init__(self,

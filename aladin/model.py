@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'start_from_text_model', 'save_model']
+           'start_from_text_model', 'load_model', 'save_model']
 
-# %% ../nbs/08_model.ipynb #65aebdf5
+# %% ../nbs/08_model.ipynb #e8024f98
 import argparse, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .backbone import Backbone
@@ -20,7 +21,7 @@ from .config import InputError, ModelSettings, DataSettings, atomic_dir, config_
 from .data import ImageBatch, Ragged, load_torch_file
 from .heads import AlignmentHead, MatchingHead
 
-# %% ../nbs/08_model.ipynb #16c30997
+# %% ../nbs/08_model.ipynb #5d6c8f60
 class AladinConfig(PreTrainedConfig):
     "Geometry of the backbone (BERT's names) and of the heads."
     model_type = "aladin"
@@ -73,7 +74,7 @@ class AladinConfig(PreTrainedConfig):
                    aggregation=m.aggregation, drop_first_region=m.drop_first_region, drop_last_word=m.drop_last_word, clamp=m.clamp,
                    max_tokens=data.max_tokens, max_regions=data.max_regions)
 
-# %% ../nbs/08_model.ipynb #024df1dc
+# %% ../nbs/08_model.ipynb #6f5c520c
 @dataclass
 class Encoded:
     "Images or captions, encoded."
@@ -133,7 +134,7 @@ class AladinModel(PreTrainedModel):
         i,c = self.encode_images(images),self.encode_captions(captions)
         return self.alignment(i.sets, c.sets), i.matching @ c.matching.T
 
-# %% ../nbs/08_model.ipynb #9bc6a025
+# %% ../nbs/08_model.ipynb #ca4fb456
 _PREFIXES = (("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."))
 _UNUSED = ("img_txt_enc.img_proj.", "img_txt_enc.cap_proj.", "distillation_loss.")
 
@@ -163,7 +164,7 @@ def load_original_weights(
     if problems: raise InputError(path, "tensors", "the tensors of this geometry", "; ".join(problems), "give the Oscar folder and the configuration that belong to this checkpoint")
     model.load_state_dict(ours, strict=False)
 
-# %% ../nbs/08_model.ipynb #1bd6bf7c
+# %% ../nbs/08_model.ipynb #f39851ec
 def _original_config(oscar_dir, checkpoint, path):
     "The geometry of an original model: Oscar's config.json, the checkpoint's configuration and arguments."
     o = read_json(Path(oscar_dir)/"config.json")
@@ -205,7 +206,7 @@ def model_from_original(
 
 AladinModel.from_original = staticmethod(model_from_original)
 
-# %% ../nbs/08_model.ipynb #243bbc2f
+# %% ../nbs/08_model.ipynb #b4253d81
 def start_from_text_model(
     model:AladinModel, # a new model
     path:str, # local folder or hub name of a BERT
@@ -220,12 +221,31 @@ def start_from_text_model(
     if bad or left: raise InputError(path, "tensors", "a BERT with the configured width, layers and vocabulary", "; ".join((bad or left)[:4]), "set model.hidden_size, layers, attention_heads, intermediate_size and the vocabulary as in that model")
     model.backbone.load_state_dict({n: t for n,t in chosen.items() if n in own}, strict=False)
 
+def _is_model(folder):
+    path = Path(folder)/"config.json"
+    return path.exists() and isinstance(c := read_json(path), dict) and c.get("model_type") == AladinConfig.model_type
+
+def load_model(
+    folder, # made by `save_model`: config.json, model.safetensors, vocab.txt
+)->AladinModel: # in evaluation mode
+    "Open a model folder; raises `InputError` when it is none, or when a tensor is missing, left over or of another shape."
+    if not _is_model(folder): raise InputError(folder, "model folder", "config.json of an aladin model, model.safetensors and vocab.txt", "no such config.json", "make it with aladin convert or aladin train")
+    try: model,info = AladinModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, SafetensorError) as e: raise InputError(Path(folder)/"model.safetensors", "file", "a whole safetensors file", str(e).split("\n")[0][:200], "make the model again") from None
+    if wrong := {k: sorted(map(str, v))[:5] for k,v in info.items() if v}:
+        raise InputError(Path(folder)/"model.safetensors", "tensors", "the tensors of config.json's geometry", str(wrong), "make the model again")
+    return model.eval()
+
 def save_model(
     model:AladinModel, # what to save
     vocabulary, # a vocab.txt
     out, # folder to make
 ):
-    "Write config.json, model.safetensors and vocab.txt: a folder that `aladin encode` reads."
+    "Write config.json, model.safetensors and vocab.txt: a folder that `aladin encode` reads; replaces nothing but a model."
+    if not Path(vocabulary).is_file(): raise InputError(vocabulary, "file", "the vocabulary that belongs to the model", "nothing there", "give the folder that holds vocab.txt")
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not _is_model(out):
+        raise InputError(out, "output folder", "an empty folder, or an aladin model to replace", "other files", "choose another folder")
     with atomic_dir(out, overwrite=True) as part:
         model.save_pretrained(part)
         shutil.copyfile(vocabulary, part/"vocab.txt")

@@ -6,7 +6,7 @@
 __all__ = ['set_seed', 'batch_losses', 'make_optimizer', 'learning_rate', 'clip_gradients', 'release_memory', 'PretrainingHead',
            'pretrain', 'TrainingLog', 'selection_score', 'trained_heads', 'train']
 
-# %% ../nbs/09_training.ipynb #b59fdcdb
+# %% ../nbs/09_training.ipynb #dc2288a9
 import ctypes, os, random, time
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .data import Ragged, RetrievalSet, training_batches
 from .losses import Criterion
 from .model import AladinModel
 
-# %% ../nbs/09_training.ipynb #9c995eee
+# %% ../nbs/09_training.ipynb #c9e10e0b
 def set_seed(
     seed:int, # fixes initialisation and dropout; the data order has its own generator with the same seed
 ):
@@ -48,7 +48,7 @@ def batch_losses(
     matching = images.matching[of_pair] if need["matching"] else None
     return criterion(alignment, matching, captions.matching, epoch, step)
 
-# %% ../nbs/09_training.ipynb #d8f3d521
+# %% ../nbs/09_training.ipynb #07d89307
 def make_optimizer(
     model:nn.Module, # its parameters come first, in their own order
     criterion:nn.Module, # what it learns (mse's scale and shift, automatic weights) comes next
@@ -80,7 +80,7 @@ def release_memory():
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim: trim(0)
 
-# %% ../nbs/09_training.ipynb #640862c1
+# %% ../nbs/09_training.ipynb #f4c41011
 class PretrainingHead(nn.Module):
     "Predicts words from the backbone's rows, by the word table."
     def __init__(self,
@@ -111,6 +111,7 @@ class PretrainingHead(nn.Module):
         target = self.column[tokens.values]
         hidden = (torch.rand(len(target), generator=generator).to(target.device) < .15) & (target >= 0)
         if not hidden.any(): hidden = target >= 0
+        if not hidden.any(): return self.bias.sum()*0
         states = self.model.backbone.encode_captions(Ragged(tokens.values.masked_fill(hidden, self.mask_id), tokens.lengths))
         return F.cross_entropy(self._logits(states.values[hidden], self.bias), target[hidden])
 
@@ -126,7 +127,7 @@ class PretrainingHead(nn.Module):
         for i,image in enumerate(images):
             ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in self.captions_of[image]]), device=best.device)]
             target[i, ids[ids >= 0]] = 1
-        return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum()
+        return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum().clamp(min=1)
 
 def pretrain(
     model:AladinModel, # its backbone is trained in place
@@ -146,6 +147,7 @@ def pretrain(
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
         words,regions = head.words_loss(rows, generator),head.regions_loss(np.unique(data.caption_image[rows]))
         optimizer.zero_grad()
+        if not torch.isfinite(words + regions): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
         (words + regions).backward()
         clip_gradients(list(head.parameters()), settings.grad_clip)
         optimizer.step()
@@ -154,7 +156,7 @@ def pretrain(
     optimizer.zero_grad()
     return pd.DataFrame(log)
 
-# %% ../nbs/09_training.ipynb #b742f604
+# %% ../nbs/09_training.ipynb #ba66ab25
 class TrainingLog:
     "Rows of figures, kept as a table and as TensorBoard scalars."
     def __init__(self,
@@ -180,11 +182,11 @@ class TrainingLog:
         "Finish TensorBoard's file."
         if self.writer: self.writer.close()
 
-def _stop_if_not_finite(total, losses, step, data, rows):
-    "A loss that is no number ends the training, naming the step and the batch."
+def _stop_if_not_finite(total, losses, step, data, rows, what="loss"):
+    "A loss or gradient that is no number ends the training, naming the step and the batch."
     if torch.isfinite(total): return
     ids = sorted({data.image_ids[i] for i in data.caption_image[rows]})
-    raise FloatingPointError(f"the loss is {total.item()} at step {step} ({', '.join(f'{k} {v.item():.4g}' for k,v in losses.items())}); "
+    raise FloatingPointError(f"the {what} is {total.item()} at step {step} ({', '.join(f'{k} {v.item():.4g}' for k,v in losses.items())}); "
                              f"images of the batch: {', '.join(ids[:10])}{' ...' if len(ids) > 10 else ''}; lower training.lr or check these images' features")
 
 def selection_score(
@@ -205,6 +207,7 @@ def train(
     config:ExperimentConfig, # loss, schedule, seed
     validate, # function of (model, heads) -> head -> metrics with rsum, on minival
     log:TrainingLog|None=None, # where figures go
+    save_best=None, # called with the model whenever a validation is the best so far
     progress:bool=True, # show a progress bar
 )->tuple: # table of the log, dict of the best validation (step, score, metrics)
     "Train a model by a configuration and keep its best state."
@@ -227,6 +230,7 @@ def train(
                 optimizer.zero_grad()
                 total.backward()
                 norm = clip_gradients(parameters, s.grad_clip)
+                _stop_if_not_finite(torch.tensor(norm), losses, step, data, rows, "gradient's norm")
                 optimizer.step()
                 step += 1
                 if step % 20 == 0: release_memory()
@@ -238,6 +242,7 @@ def train(
                     bar.set_postfix({h: f"{m['rsum']:.1f}" for h,m in metrics.items()})
                     if selection_score(metrics) > best["score"]:
                         best = dict(step=step, epoch=epoch, score=selection_score(metrics), metrics=metrics)
+                        if save_best: save_best(model)
                         state = {k: v.detach().clone() for k,v in model.state_dict().items()}
     if state is not None: model.load_state_dict(state)
     model.eval()
