@@ -52,7 +52,7 @@ venv: $(VENV)/.core ## make .venv with the package alone
 dev: $(VENV)/.dev ## make .venv with the development tools as well
 
 results: $(VENV)/.core ## train, evaluate and compare every configuration; write tables and figures
-	$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
+	@$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
 	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 

@@ -1,5 +1,6 @@
 "Whole runs through papermill: the short form of `make results`, its guard, its restart and its determinism."
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 
 from aladin.config import InputError, RunFailed
-from aladin.experiments import run_notebook, run_results
+from aladin.experiments import report, run_notebook, run_results
 
 TEACHER = "alad-alignment-triplet"
 
@@ -46,6 +47,12 @@ def test_done_is_not_done_again_and_force_repeats_exactly(results):
     assert metrics_of(results/TEACHER) == before
 
 
+def test_an_unfinished_run_is_not_reported(results):
+    shutil.copytree(results/TEACHER, part := results/"other.part")
+    try: assert len(report(results)) == 1
+    finally: shutil.rmtree(part)
+
+
 def test_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(InputError, match="did you mean folder"): run_notebook("report", tmp_path, {"foldr": "x"})
     assert not list(tmp_path.iterdir())
@@ -55,3 +62,9 @@ def test_failed_notebook_stays_with_its_error(tmp_path):
     with pytest.raises(RunFailed, match="report.failed.ipynb"): run_notebook("report", tmp_path, {"folder": str(tmp_path/"nothing")})
     assert [p.name for p in tmp_path.iterdir()] == ["report.failed.ipynb"]
     assert "InputError" in (tmp_path/"report.failed.ipynb").read_text()
+
+
+def test_other_data_under_the_same_name_is_prepared_anew(results):
+    told = []
+    run_results(results.parent, size="tiny", seed=2, configurations=(TEACHER,), say=told.append)
+    assert "scenes-tiny: preparing" in told and f"{TEACHER}: train" in told

@@ -38,3 +38,8 @@ def test_sync(copy, kind, what, mend):
     ours, made = ({k:v for k,v in contents(o).items() if k.endswith(kind)} for o in (root, copy))
     differ = sorted(k for k in ours.keys() | made.keys() if ours.get(k) != made.get(k))
     assert ours and not differ, f"{what}: run `make export` ({mend}); these differ: {differ}"
+
+
+def test_readme_is_the_home_notebook():
+    done = subprocess.run([sys.executable, root/".ci"/"readme.py", "--check"])
+    assert done.returncode == 0, "README.md differs from nbs/index.ipynb: run make export"
