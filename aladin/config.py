@@ -7,7 +7,7 @@ __all__ = ['Aggregation', 'Clamp', 'Term', 'InputError', 'RunFailed', 'atomic_wr
            'ModelSettings', 'DataSettings', 'LossSettings', 'TrainingSettings', 'ExperimentConfig', 'config_from_dict',
            'config_from_authors', 'load_config', 'config_to_dict']
 
-# %% ../nbs/00_config.ipynb #0a440681
+# %% ../nbs/00_config.ipynb #74407ddc
 import difflib, json, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints, Literal
 
 import yaml
 
-# %% ../nbs/00_config.ipynb #afe1c7f0
+# %% ../nbs/00_config.ipynb #fe763c14
 class InputError(ValueError):
     "Bad input: names the file, the place in it, what was expected, what was found and how to mend it."
     def __init__(self,
@@ -34,7 +34,7 @@ class InputError(ValueError):
 class RunFailed(RuntimeError):
     "An experiment notebook failed; the message says where it lies."
 
-# %% ../nbs/00_config.ipynb #8c18e6e4
+# %% ../nbs/00_config.ipynb #53d78608
 @contextmanager
 def atomic_write(
     path, # the file to write
@@ -49,7 +49,7 @@ def atomic_write(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #f6a8eff7
+# %% ../nbs/00_config.ipynb #9c66b62a
 @contextmanager
 def atomic_dir(
     path, # the folder to make
@@ -69,7 +69,7 @@ def atomic_dir(
         os.replace(part, path)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/00_config.ipynb #68774dcc
+# %% ../nbs/00_config.ipynb #491b91d7
 def write_json(
     path, # the file to write
     value, # anything that JSON holds
@@ -86,7 +86,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(path, "file", "JSON", str(e), "write the file again") from None
 
-# %% ../nbs/00_config.ipynb #e040d8db
+# %% ../nbs/00_config.ipynb #130d09d1
 Aggregation = Literal["MrSw", "MrAVGw", "symm", "MwSr", "sum", "mean", "scan-sentences"]
 Clamp = Literal["reference", "never"]
 Term = Literal["alignment", "matching", "distillation", "entropy"]
@@ -155,7 +155,7 @@ class ExperimentConfig:
     loss:LossSettings = field(default_factory=LossSettings)
     training:TrainingSettings = field(default_factory=TrainingSettings)
 
-# %% ../nbs/00_config.ipynb #c009f2d2
+# %% ../nbs/00_config.ipynb #80169a78
 def _check_type(path, key, hint, value):
     if hint is Any or hint is list and isinstance(value, list): return value
     if get_origin(hint) is Literal:
@@ -192,16 +192,16 @@ def _check(config, path):
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)
     if model.freeze_backbone and loss.terms == ["alignment"]: refuse("model.freeze_backbone", "false for a loss of the alignment head, which has no weights of its own", "true")
-    if model.hidden_size % 4: refuse("model.hidden_size", "a multiple of 4, the matching head's attention heads", model.hidden_size)
     for term in loss.terms: _check_type(path, "loss.terms", Term, term)
     if isinstance(loss.weights, list): loss.weights = [_check_type(path, "loss.weights", float, w) for w in loss.weights]
     if loss.weights != "auto" and (not isinstance(loss.weights, list) or len(loss.weights) != len(loss.terms)):
         raise InputError(path, "loss.weights", f"{len(loss.terms)} numbers, one a term, or auto", repr(loss.weights), "give one weight for each of loss.terms")
     if config.model.hidden_size % config.model.attention_heads:
         raise InputError(path, "model.attention_heads", f"a divisor of hidden_size {config.model.hidden_size}", str(config.model.attention_heads), "change one of them")
+    if model.hidden_size % 4: refuse("model.hidden_size", "a multiple of 4, the matching head's attention heads", model.hidden_size)
     return config
 
-# %% ../nbs/00_config.ipynb #97756316
+# %% ../nbs/00_config.ipynb #3b339bc1
 def config_from_dict(
     values:dict, # nested groups and values, as in our YAML
     path="configuration", # what to name in errors
@@ -209,7 +209,7 @@ def config_from_dict(
     "A checked `ExperimentConfig`; raises `InputError` for an unknown key or a value that does not fit."
     return _check(_fill(ExperimentConfig, values, path), path)
 
-# %% ../nbs/00_config.ipynb #8d704df6
+# %% ../nbs/00_config.ipynb #56bb9b7a
 _AUTHORS_MODEL = {"embed-size": "hidden_size", "tern-layers": "matching_layers", "dropout": "dropout", "freeze-teran": "freeze_backbone"}
 _AUTHORS_TRAINING = {"lr": "lr", "grad-clip": "grad_clip", "bs": "batch_size", "gamma": "gamma", "step-size": "step_size"}
 _AUTHORS_LOSS = {"max-violation": "max_violation", "margin": "margin", "measure": "measure", "distillation-mode": "distillation", "loss-weights": "weights",
@@ -250,7 +250,7 @@ def config_from_authors(
         raise InputError(path, f"key {group}", "model, training or dataset", "an unknown key", "remove it")
     return config_from_dict(dict(model=model, loss=loss, training=training), path)
 
-# %% ../nbs/00_config.ipynb #42173360
+# %% ../nbs/00_config.ipynb #574ba9b3
 def load_config(
     path, # a YAML file, ours or the authors'
     overrides:dict|None=None, # dotted keys to change, such as {"training.lr": 1e-4}

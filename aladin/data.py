@@ -6,7 +6,7 @@
 __all__ = ['load_torch_file', 'read_captions', 'read_keys', 'captions_file', 'load_tokenizer', 'build_vocabulary', 'tokenize',
            'Ragged', 'ImageBatch', 'RetrievalSet', 'open_split', 'training_batches']
 
-# %% ../nbs/04_data.ipynb #78efcadb
+# %% ../nbs/04_data.ipynb #c74aa505
 import json, pickle
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from transformers import BertTokenizer
 from .config import InputError, DataSettings, read_json
 from .regions import open_regions
 
-# %% ../nbs/04_data.ipynb #b1f85874
+# %% ../nbs/04_data.ipynb #6372d191
 def load_torch_file(
     path, # a file written by torch.save, in the old or the zip format
     allow:tuple=(), # classes let through besides tensors and plain containers
@@ -42,7 +42,7 @@ def _refused(error):
     lines = [o.strip() for o in str(error).split("\n") if "GLOBAL" in o]
     return lines[0][:200] if lines else "something else"
 
-# %% ../nbs/04_data.ipynb #2759f276
+# %% ../nbs/04_data.ipynb #3254d166
 def read_captions(
     path, # {split}_captions.pt or {split}_captions.json
 )->dict: # image id (str) -> list of captions
@@ -77,7 +77,7 @@ def captions_file(
     if not found: raise InputError(Path(folder)/f"{split}_captions.pt", "file", "the captions of the split (.pt or .json)", "nothing there", "check the folder and the name of the split")
     return found[0]
 
-# %% ../nbs/04_data.ipynb #0d5c1ffb
+# %% ../nbs/04_data.ipynb #410cb9a8
 def load_tokenizer(
     path, # a vocab.txt, or a folder that holds one
 )->BertTokenizer:
@@ -113,7 +113,7 @@ def tokenize(
     pieces = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if len(texts) else []
     return [np.array([start, *o[:max_tokens-2], end], dtype=np.int64) for o in pieces]
 
-# %% ../nbs/04_data.ipynb #6ea0acc8
+# %% ../nbs/04_data.ipynb #47126584
 @dataclass
 class Ragged:
     "Sets of different sizes laid end to end."
@@ -176,7 +176,7 @@ class Ragged:
         values = torch.cat(list(sets)) if isinstance(sets[0], Tensor) else torch.from_numpy(np.concatenate(sets))
         return cls(values, torch.tensor([len(o) for o in sets]))
 
-# %% ../nbs/04_data.ipynb #e7ff4549
+# %% ../nbs/04_data.ipynb #8b54ce68
 @dataclass
 class ImageBatch:
     "What the backbone reads of some images."
@@ -220,7 +220,7 @@ class RetrievalSet:
         "Word pieces of some captions."
         return Ragged.stack([self.caption_tokens[r] for r in rows])
 
-# %% ../nbs/04_data.ipynb #c5fd41dc
+# %% ../nbs/04_data.ipynb #16dad51d
 def open_split(
     data, # folder with the caption and key files
     split:str, # train, minival or test
@@ -233,7 +233,8 @@ def open_split(
     path = captions_file(data, split)
     captions = read_captions(path)
     if keys:
-        path = Path(data)/keys if (Path(data)/keys).exists() else Path(keys)
+        path = Path(data)/keys
+        if not path.exists() and Path(keys).exists(): path = Path(keys)
         wanted = read_keys(path)
         absent = [k for k in wanted if k not in captions]
         if absent: raise InputError(path, f"image {absent[0]}", f"an image of {captions_file(data, split).name}", "no captions for it", "check that keys and captions belong together")
@@ -242,7 +243,7 @@ def open_split(
     regions = open_regions(features) if isinstance(features, (str, Path)) else features
     return RetrievalSet(regions, captions, tokenizer, settings, path)
 
-# %% ../nbs/04_data.ipynb #40c95098
+# %% ../nbs/04_data.ipynb #ad3584f4
 def training_batches(
     caption_image:np.ndarray, # image number of each caption, [captions]
     batch_size:int, # captions a batch
