@@ -16,7 +16,7 @@ def readme():
         cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
         if any("echo: false" in d for d in directives): cell.source = ""
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = text.replace("```python\n\n```\n", "").replace("](../", "](")
+    text = text.replace("```\n\n```\n", "").replace("```\nimport", "```python\nimport").replace("](../", "](")
     while "\n\n\n" in text: text = text.replace("\n\n\n", "\n\n")
     return text.strip() + "\n"
 
