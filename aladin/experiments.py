@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -24,7 +23,7 @@ from .data import build_vocabulary, captions_file, load_tokenizer, open_split, r
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
 from .model import AladinConfig, AladinModel, load_model, save_model, start_from_text_model
-from .plots import plot_results, results_table, table_markdown
+from .plots import results_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
 from .training import TrainingLog, pretrain, set_seed, train, trained_heads

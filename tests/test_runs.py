@@ -1,7 +1,6 @@
 "Whole runs through papermill: the short form of `make results`, its guard, its restart and its determinism."
 import json
 import shutil
-from pathlib import Path
 
 import nbformat
 import pandas as pd
