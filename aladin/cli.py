@@ -33,7 +33,7 @@ def _train(a):
 
 def _settings_of(model, a):
     "The lengths that the model was trained with, unless the user says otherwise."
-    return DataSettings(max_tokens=a.max_tokens or model.config.max_tokens, max_regions=a.max_regions or model.config.max_regions)
+    return DataSettings(max_tokens=a.max_tokens or model.config.max_tokens, max_tags=0 if a.max_tokens else model.config.max_tags, max_regions=a.max_regions or model.config.max_regions)
 
 def _encode(a):
     import torch

@@ -111,9 +111,10 @@ class ModelSettings:
 @dataclass
 class DataSettings:
     "What of the data is shown to the model."
-    max_tokens:int = 70 # word pieces of a caption, or of an image's tags, with the two special ones
+    max_tokens:int = 70 # word pieces of a caption, with the two special ones
     max_regions:int = 50 # regions of an image; detections beyond are cut
     captions_per_image:int = 5 # the first so many captions of an image are used
+    max_tags:int = 0 # word pieces of an image's tags, with the two special ones; 0: max_tokens, as in the originals
 
 @dataclass
 class LossSettings:
@@ -188,6 +189,7 @@ def _check(config, path):
         group,name = key.split(".")
         if (value := getattr(getattr(config, group), name)) <= 0: refuse(key, "a number above 0", value)
     if not 3 <= config.data.max_tokens <= 512: refuse("data.max_tokens", "3 to 512", config.data.max_tokens)
+    if config.data.max_tags and not 2 <= config.data.max_tags <= 512: refuse("data.max_tags", "0, or 2 to 512", config.data.max_tags)
     if not loss.terms or len(set(loss.terms)) < len(loss.terms): refuse("loss.terms", "one or more different terms", loss.terms)
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)

@@ -202,7 +202,7 @@ class RetrievalSet:
         self.captions = [o for texts in captions.values() for o in texts[:s.captions_per_image]]
         self.caption_image = np.repeat(np.arange(len(captions)), [min(len(o), s.captions_per_image) for o in captions.values()])
         self.caption_tokens = tokenize(tokenizer, self.captions, s.max_tokens)
-        self.tag_tokens = tokenize(tokenizer, [" ".join(regions.tags(i)) for i in self.image_ids], s.max_tokens, first="[UNK]")
+        self.tag_tokens = tokenize(tokenizer, [" ".join(regions.tags(i)) for i in self.image_ids], s.max_tags or s.max_tokens, first="[UNK]")
 
     def __len__(self): return len(self.captions)
 

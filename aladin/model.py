@@ -50,6 +50,7 @@ class AladinConfig(PreTrainedConfig):
         drop_last_word=True, # alignment head: leave the last word piece out
         clamp="reference", # alignment head: word scores below 0
         max_tokens=70, # longest text the model was trained with
+        max_tags=0, # longest tags the model was trained with; 0: max_tokens
         max_regions=50, # most regions the model was trained with
         **kwargs,
     ):
@@ -72,7 +73,7 @@ class AladinConfig(PreTrainedConfig):
                    intermediate_size=m.intermediate_size, hidden_dropout_prob=m.dropout, attention_probs_dropout_prob=m.dropout,
                    region_dim=region_dim, region_layer_norm=m.region_layer_norm, matching_layers=m.matching_layers, head_dropout=m.dropout,
                    aggregation=m.aggregation, drop_first_region=m.drop_first_region, drop_last_word=m.drop_last_word, clamp=m.clamp,
-                   max_tokens=data.max_tokens, max_regions=data.max_regions)
+                   max_tokens=data.max_tokens, max_tags=data.max_tags, max_regions=data.max_regions)
 
 # %% ../nbs/08_model.ipynb #6f5c520c
 @dataclass

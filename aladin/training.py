@@ -55,7 +55,7 @@ def make_optimizer(
     settings:TrainingSettings, # for the learning rate
 )->torch.optim.Adam:
     "Adam with one group and no weight decay, as the originals."
-    return torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=settings.lr)
+    return torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=settings.lr, fused=True)
 
 def learning_rate(
     settings:TrainingSettings, # lr, gamma, step_size, warmup_steps
@@ -138,7 +138,7 @@ def pretrain(
 )->pd.DataFrame: # step, words, regions: the two losses
     "Train the backbone on hidden words and on words in regions."
     head = PretrainingHead(model, data).to(next(model.parameters()).device)
-    optimizer,generator = torch.optim.Adam(head.parameters(), lr=settings.pretrain_lr),torch.Generator().manual_seed(seed)
+    optimizer,generator = torch.optim.Adam(head.parameters(), lr=settings.pretrain_lr, fused=True),torch.Generator().manual_seed(seed)
     model.train()
     log,epoch,batches = [],0,[]
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
