@@ -8,7 +8,7 @@ __all__ = ['SCENES_SIZES', 'CONFIGURATIONS', 'provenance', 'prepare_data', 'prep
            'run_results']
 
 # %% ../nbs/14_experiments.ipynb #30a8b424
-import difflib, hashlib, json, os, platform, shutil, subprocess, time
+import difflib, hashlib, json, os, platform, shutil, subprocess, sys, time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -244,7 +244,7 @@ def run_notebook(
     folder.mkdir(parents=True, exist_ok=True)
     part,target = folder/f".{name}.part.ipynb",folder/f"{name}.ipynb"
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
+    try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as e:
         os.replace(part, failed := folder/f"{name}.failed.ipynb")
         raise RunFailed(f"{failed}: cell {e.exec_count} failed with {e.ename}: {e.evalue}") from None

@@ -8,16 +8,14 @@ __all__ = ['set_seed', 'batch_losses', 'make_optimizer', 'learning_rate', 'clip_
 
 # %% ../nbs/09_training.ipynb #dc2288a9
 import ctypes, os, random, time
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from .config import ExperimentConfig, InputError, TrainingSettings
+from .config import ExperimentConfig, TrainingSettings
 from .data import Ragged, RetrievalSet, training_batches
 from .losses import Criterion
 from .model import AladinModel
