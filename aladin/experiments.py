@@ -93,7 +93,7 @@ def prepare_data(
         write_json(part/"prepared.json", counts)
     return counts
 
-SCENES_SIZES = dict(full=(1000, 300, 1000), tiny=(60, 20, 40)) # train, minival and test images
+SCENES_SIZES = dict(full=(2000, 300, 1000), tiny=(60, 20, 40)) # train, minival and test images
 
 def prepare_scenes(
     out, # folder to make
