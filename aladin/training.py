@@ -80,7 +80,7 @@ def release_memory():
 
 # %% ../nbs/09_training.ipynb #f4c41011
 class PretrainingHead(nn.Module):
-    "Predicts words from the backbone's rows, by the word table."
+    "Predicts words from the backbone's rows, by the word table, and tells true pairs by the alignment head."
     def __init__(self,
         model:AladinModel, # whose backbone is trained
         data:RetrievalSet, # training split
@@ -113,12 +113,18 @@ class PretrainingHead(nn.Module):
         states = self.model.backbone.encode_captions(Ragged(tokens.values.masked_fill(hidden, self.mask_id), tokens.lengths))
         return F.cross_entropy(self._logits(states.values[hidden], self.bias), target[hidden])
 
-    def regions_loss(self,
+    def region_states(self,
         images, # image numbers
+    )->Ragged: # [total regions, hidden]
+        "The regions of some images, through the backbone."
+        batch = self.data.image_batch(images).to(self.words.device)
+        return self.model.backbone.regions_of(self.model.backbone.encode_images(batch), batch)
+
+    def regions_loss(self,
+        sets:Ragged, # from `region_states`
+        images, # their image numbers
     )->Tensor: # scalar
         "Binary cross-entropy of the captions' words, each predicted by its best region."
-        batch = self.data.image_batch(images).to(self.words.device)
-        sets = self.model.backbone.regions_of(self.model.backbone.encode_images(batch), batch)
         logits = Ragged(self._logits(sets.values, self.region_bias), sets.lengths)
         best = logits.padded().masked_fill(~logits.mask()[:, :, None], -1e4).max(1).values
         target = torch.zeros_like(best)
@@ -127,30 +133,45 @@ class PretrainingHead(nn.Module):
             target[i, ids[ids >= 0]] = 1
         return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum().clamp(min=1)
 
+    def contrast_loss(self,
+        sets:Ragged, # from `region_states`
+        rows, # caption numbers, one for each image of `sets`
+        scale:float=4.0, # factor of the alignment scores
+    )->Tensor: # scalar
+        "InfoNCE of the alignment scores over the batch, mean of both directions (van den Oord et al. 2018)."
+        model,tokens = self.model,self.data.caption_batch(rows).to(self.words.device)
+        words = model.alignment.word_set(model.backbone.encode_captions(tokens))
+        scores = scale*model.alignment(model.alignment.region_set(sets), words)
+        target = torch.arange(len(rows), device=scores.device)
+        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))/2
+
 def pretrain(
     model:AladinModel, # its backbone is trained in place
     data:RetrievalSet, # training split
     settings:TrainingSettings, # pretrain_steps, pretrain_lr, batch_size, grad_clip
     seed:int, # fixes order and masks
     progress:bool=True, # show a progress bar
-)->pd.DataFrame: # step, words, regions: the two losses
-    "Train the backbone on hidden words and on words in regions."
+)->pd.DataFrame: # step, words, regions, contrast: the three losses
+    "Train the backbone on hidden words, on words in regions and on telling true pairs: a stand-in for VinVL's pre-training."
     head = PretrainingHead(model, data).to(next(model.parameters()).device)
     optimizer,generator = torch.optim.Adam(head.parameters(), lr=settings.pretrain_lr, fused=True),torch.Generator().manual_seed(seed)
     model.train()
     log,epoch,batches = [],0,[]
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
-        if not batches: batches,epoch = training_batches(data.caption_image, settings.batch_size, seed+1, epoch),epoch+1
+        if not batches: batches,epoch = training_batches(data.caption_image, settings.batch_size, seed+1, epoch, allow_siblings=False),epoch+1
         rows = batches.pop()
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
-        words,regions = head.words_loss(rows, generator),head.regions_loss(np.unique(data.caption_image[rows]))
+        images = data.caption_image[rows]
+        sets = head.region_states(images)
+        losses = dict(words=head.words_loss(rows, generator), regions=head.regions_loss(sets, images), contrast=head.contrast_loss(sets, rows))
+        total = sum(losses.values())
         optimizer.zero_grad()
-        if not torch.isfinite(words + regions): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
-        (words + regions).backward()
+        if not torch.isfinite(total): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
+        total.backward()
         clip_gradients(list(head.parameters()), settings.grad_clip)
         optimizer.step()
         if step % 20 == 0: release_memory()
-        log.append(dict(step=step+1, words=words.item(), regions=regions.item()))
+        log.append(dict(step=step+1, **{k: v.item() for k,v in losses.items()}))
     optimizer.zero_grad()
     return pd.DataFrame(log)
 
