@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'start_from_text_model', 'load_model', 'save_model']
+           'start_from_text_model', 'load_model', 'save_model', 'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
 import argparse, shutil
@@ -250,3 +250,23 @@ def save_model(
     with atomic_dir(out, overwrite=True) as part:
         model.save_pretrained(part)
         shutil.copyfile(vocabulary, part/"vocab.txt")
+
+# %% ../nbs/08_model.ipynb #d2528fd2
+_TEACHER_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "region_dim", "region_layer_norm",
+                 "aggregation", "drop_first_region", "drop_last_word", "clamp", "max_tokens", "max_tags", "max_regions")
+
+def start_from_teacher(
+    model:AladinModel, # a new student
+    teacher, # folder of the teacher's model
+    vocabulary, # the student's vocab.txt
+)->dict: # names of the tensors taken and of those left
+    "Copy everything but the matching head from a teacher; raises `InputError` where geometry, tags or vocabulary differ."
+    source,vocabulary = load_model(teacher),Path(vocabulary)
+    differ = [f"{k} {getattr(source.config, k)} instead of {getattr(model.config, k)}" for k in _TEACHER_KEYS if getattr(source.config, k) != getattr(model.config, k)]
+    if differ: raise InputError(Path(teacher)/"config.json", "teacher", "the student's geometry and tags", "; ".join(differ), "train the teacher with the student's model and data settings, or change those of the student")
+    if (Path(teacher)/"vocab.txt").read_bytes() != vocabulary.read_bytes(): raise InputError(Path(teacher)/"vocab.txt", "teacher", f"the vocabulary {vocabulary}", "another one", "use a teacher of the same prepared data")
+    weights = {n: t for n,t in source.state_dict().items() if not n.startswith("matching.")}
+    info = model.load_state_dict(weights, strict=False)
+    wrong = [n for n in info.missing_keys if not n.startswith("matching.")] + list(info.unexpected_keys)
+    if wrong: raise InputError(Path(teacher)/"model.safetensors", "tensors", "those of the student", ", ".join(wrong[:5]), "train the teacher anew")
+    return dict(taken=sorted(weights), left=sorted(info.missing_keys))
