@@ -6,7 +6,7 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #9f2027c9
-import argparse, sys
+import argparse, os, sys
 from pathlib import Path
 
 from .config import DataSettings, InputError, RunFailed, write_json
@@ -27,8 +27,10 @@ def _convert(a):
     print(f"{a.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, regions of {model.config.region_dim}")
 
 def _train(a):
-    from aladin.experiments import experiment_config, train_run
-    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out)
+    from aladin.experiments import train_run
+    from aladin.graph import experiment_config
+    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out, a.teacher)
+    if summary["teacher"]: print(f"{len(summary['teacher']['taken'])} tensors from {a.teacher}, new: {', '.join(summary['teacher']['left'])}")
     for head,m in summary["minival"].items(): print(f"minival {head}: rsum {m['rsum']:.1f} (step {summary['best_step']})")
 
 def _settings_of(model, a):
@@ -58,9 +60,19 @@ def _evaluate(a):
     if a.json: write_json(a.json, {k: metrics[k] for k in ("i2t", "t2i", "rsum")})
 
 def _results(a):
-    from aladin.experiments import CONFIGURATIONS, run_results
-    table = run_results(a.out, a.data, a.features, a.name, a.size, a.seed, a.settings, a.vocabulary, a.pictures, a.force, a.configuration or CONFIGURATIONS, say=lambda line: print(line, flush=True))
+    from aladin.graph import CONFIGURATIONS, run_results
+    study = dict(data=a.data, features=a.features, name=a.name, size=a.size, seed=a.seed, seeds=a.seeds, settings=a.settings, vocabulary=a.vocabulary, pictures=a.pictures,
+                 configurations=a.configuration or CONFIGURATIONS, threads=a.threads)
+    table = run_results(a.out, a.jobs, a.force, a.profile, say=lambda line: print(line, flush=True), **study)
     print(table.round(1).to_string(index=False))
+
+def _stage(a):
+    from aladin.config import read_json
+    from aladin.graph import end_with_parent, run_stage
+    end_with_parent()
+    graph = read_json(a.graph)
+    os.chdir(graph["cwd"])
+    run_stage(graph, a.stage, a.of, say=lambda line: print(line, flush=True))
 
 # %% ../nbs/15_cli.ipynb #9ccac4ac
 def _options(parser, *names):
@@ -93,6 +105,7 @@ def make_parser()->argparse.ArgumentParser:
     p = command(_train, "train one configuration on a prepared folder", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
+    p.add_argument("--teacher", metavar="DIR", help="model folder that the student starts from; needed where a frozen backbone is distilled")
     _options(p, "data", "out", "seed")
     p = command(_encode, "encode every image and every caption of a split once", "  aladin encode --model model --data coco_ir --split test --keys test_img_keys.tsv --out embeddings.safetensors")
     p.add_argument("--model", required=True, metavar="DIR", help="model folder")
@@ -113,9 +126,17 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny takes a minute and only shows that everything runs")
     p.add_argument("--settings", help="settings that scale the configurations (default: those of the data set's name, else default)")
     p.add_argument("--pictures", metavar="DIR", help="folder with the pictures, for the attention figures (default: the data folder)")
-    p.add_argument("--configuration", action="append", metavar="NAME", help="only this configuration (may be repeated)")
+    p.add_argument("--configuration", action="append", metavar="NAME", help="only this configuration, by name or YAML file (may be repeated)")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="train every configuration with N seeds, counted up from the first (default: 1)")
+    p.add_argument("--jobs", type=int, metavar="N", help="processor cores to use (default: all)")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="processor threads of one run (default: 1)")
+    p.add_argument("--profile", metavar="DIR", help="Snakemake profile, such as nbs/experiments/profiles/slurm")
     p.add_argument("--force", action="store_true", help="redo what is already there")
     _options(p, "features", "vocabulary", "seed")
+    p = command(_stage, "one stage of the graph of aladin results, as its Snakefile calls it", "  aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")
+    p.add_argument("--graph", required=True, metavar="FILE", help="graph.json that aladin results wrote")
+    p.add_argument("stage", choices=("prepare", "train", "evaluate", "attention", "report"), help="which stage")
+    p.add_argument("--run", dest="of", default="", metavar="RUN", help="<configuration>/seed-<number>, for the stages of a run")
     return parser
 
 def _stop(a, message, status):

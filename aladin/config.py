@@ -145,6 +145,7 @@ class TrainingSettings:
     pretrain_steps:int = 0 # steps of attribute and masked-word prediction before training, where no pre-trained backbone exists
     pretrain_lr:float = 1e-3 # learning rate of these
     max_steps:int = 0 # end after so many steps; 0: after the epochs
+    thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)
 
 @dataclass
 class ExperimentConfig:
@@ -189,6 +190,7 @@ def _check(config, path):
         group,name = key.split(".")
         if (value := getattr(getattr(config, group), name)) <= 0: refuse(key, "a number above 0", value)
     if not 3 <= config.data.max_tokens <= 512: refuse("data.max_tokens", "3 to 512", config.data.max_tokens)
+    if not 0 <= config.training.thinning < 1: refuse("training.thinning", "0 or more, less than 1", config.training.thinning)
     if config.data.max_tags and not 2 <= config.data.max_tags <= 512: refuse("data.max_tags", "0, or 2 to 512", config.data.max_tags)
     if not loss.terms or len(set(loss.terms)) < len(loss.terms): refuse("loss.terms", "one or more different terms", loss.terms)
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")

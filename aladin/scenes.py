@@ -10,7 +10,6 @@ __all__ = ['CATEGORIES', 'GROUP_WORDS', 'COLOURS', 'SIZES', 'GROUNDS', 'WORDS', 
 
 # %% ../nbs/03_scenes.ipynb #9f825099
 import base64, json, multiprocessing
-from collections import Counter
 from pathlib import Path
 
 import numpy as np

@@ -1,35 +1,58 @@
-"Whole runs through papermill: the short form of `make results`, its guard, its restart and its determinism."
+"Whole runs through papermill and the graph: their record, their restart, what a change makes anew, what a failure leaves."
 import json
-import shutil
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from aladin.config import InputError, RunFailed
-from aladin.experiments import report, run_notebook, run_results
+from aladin.experiments import report
+from aladin.graph import experiments_dir, run_notebook, run_results
+from aladin.model import load_model
 
-TEACHER = "alad-alignment-triplet"
+TEACHER, STUDENT = RUNS = ("alad-alignment-triplet/seed-1", "alad-matching-distill-finetune/seed-1")
+CONFIGURATIONS = tuple(o.split("/")[0] for o in RUNS)
+
+
+def run(out, **study): return run_results(out, say=lambda line: None, **dict(size="tiny", seed=1, configurations=CONFIGURATIONS) | study)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    run_results(out, size="tiny", seed=1, configurations=(TEACHER,), say=lambda line: None)
+    run(out)
     return out/"scenes-tiny"
 
 
-def metrics_of(run):
-    metrics = json.loads((run/"metrics.json").read_text())
-    return {head: {d: m[d] for d in ("i2t", "t2i", "rsum")} for head, m in metrics["heads"].items()}
+def metrics_of(folder):
+    "The figures of every run, without times and dates."
+    return {r: {h: {d: m[d] for d in ("i2t", "t2i", "rsum")} for h, m in json.loads((folder/r/"metrics.json").read_text())["heads"].items()} for r in RUNS}
+
+
+def stamps(folder, name): return {r: (folder/r/name).stat().st_mtime_ns for r in RUNS}
 
 
 def test_a_run_leaves_its_record(results):
-    run = results/TEACHER
-    assert {p.name for p in run.iterdir()} >= {"train.ipynb", "evaluate.ipynb", "attention.ipynb", "metrics.json", "history.csv", "curves.png", "attention-1.png", "model"}
-    made = json.loads((run/"metrics.json").read_text())
-    assert made["seed"] == 1 and {"commit", "versions", "machine"} <= set(made["made by"]) and made["train_seconds"] > 0
-    assert (results/"table.md").exists() and len(pd.read_csv(results/"table.csv")) == 1
+    for run, head in zip(RUNS, ("alignment", "matching")):
+        assert {p.name for p in (results/run).iterdir()} >= {"train.ipynb", "evaluate.ipynb", "attention.ipynb", "metrics.json", "training.json", "history.csv", "curves.png", "attention-1.png", "model"}
+        made = json.loads((results/run/"metrics.json").read_text())
+        assert made["seed"] == 1 and {"commit", "versions", "machine"} <= set(made["made by"]) and made["train_seconds"] > 0 and set(made["heads"]) == {head}
+    assert (results/"table.md").exists() and len(pd.read_csv(results/"table.csv")) == 2
+    taken = json.loads((results/STUDENT/"training.json").read_text())["teacher"]
+    assert taken["taken"] and taken["left"] and all(o.startswith("matching.") for o in taken["left"])
+
+
+def test_the_frozen_student_has_its_teachers_backbone(results):
+    student, teacher = (load_model(results/o/"model").state_dict() for o in (STUDENT, TEACHER))
+    assert all(bool((student[n] == teacher[n]).all()) for n in teacher if n.startswith("backbone."))
+    assert any(bool((student[n] != teacher[n]).any()) for n in teacher if n.startswith("matching."))
 
 
 def test_executed_notebooks_carry_no_noise(results):
@@ -38,18 +61,63 @@ def test_executed_notebooks_carry_no_noise(results):
     assert any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_done_is_not_done_again_and_force_repeats_exactly(results):
-    before, told = metrics_of(results/TEACHER), []
-    run_results(results.parent, size="tiny", seed=1, configurations=(TEACHER,), say=told.append)
-    assert f"{TEACHER}: already there" in told
-    run_results(results.parent, size="tiny", seed=1, configurations=(TEACHER,), force=True, say=lambda line: None)
-    assert metrics_of(results/TEACHER) == before
+def test_no_part_is_left_or_reported(results):
+    assert not list(results.rglob("*.part"))
+    (part := results/"other"/"seed-1.train-5.part").mkdir(parents=True)
+    (part/"metrics.json").write_text("{")
+    assert len(report(results)) == 2
 
 
-def test_an_unfinished_run_is_not_reported(results):
-    shutil.copytree(results/TEACHER, part := results/"other.part")
-    try: assert len(report(results)) == 1
-    finally: shutil.rmtree(part)
+def test_done_is_not_done_again(results):
+    before = stamps(results, "training.json"), stamps(results, "metrics.json")
+    run(results.parent)
+    assert before == (stamps(results, "training.json"), stamps(results, "metrics.json"))
+
+
+def changed_settings(path, **student):
+    "The tiny settings with other values for the student."
+    values = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    path.write_text(yaml.safe_dump(values | dict(configurations={CONFIGURATIONS[1]: student})))
+    return str(path)
+
+
+def test_a_change_makes_only_what_depends_on_it_anew(results, tmp_path):
+    before, figures = stamps(results, "training.json"), metrics_of(results)
+    run(results.parent, settings=changed_settings(tmp_path/"s.yaml", training=dict(max_steps=20)))
+    after = stamps(results, "training.json")
+    assert after[TEACHER] == before[TEACHER] and after[STUDENT] > before[STUDENT]
+    run(results.parent)
+    assert metrics_of(results) == figures
+
+
+def test_a_failed_run_says_where_to_look_and_the_others_go_on(tmp_path):
+    settings = changed_settings(tmp_path/"s.yaml", training=dict(lr=1e30, grad_clip=0.0))
+    with pytest.raises(RunFailed, match="alad-matching-distill-finetune/seed-1/train.failed.ipynb"): run(tmp_path, settings=settings)
+    folder = tmp_path/"scenes-tiny"
+    assert "FloatingPointError" in (folder/STUDENT/"train.failed.ipynb").read_text()
+    assert (folder/TEACHER/"metrics.json").exists() and (folder/TEACHER/"attention.ipynb").exists() and not (folder/STUDENT/"training.json").exists()
+
+
+def whole(folder):
+    "Whatever is there under its final name can be read."
+    for name in ("training.json", "metrics.json", "prepared.json"):
+        for path in folder.rglob(name): json.loads(path.read_text())
+    for path in folder.rglob("training.json"): load_model(path.parent/"model")
+
+
+def test_killed_anywhere_it_ends_with_the_same_figures(results, tmp_path):
+    "Ten kill -9 at random moments, of the whole process group or of the command alone; then the same command ends undisturbed."
+    choose, folder = random.Random(3), tmp_path/"scenes-tiny"
+    code = f"from aladin.cli import main; import sys; sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1'] + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))"
+    for kill in range(10):
+        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(choose.uniform(2, 14))
+        if process.poll() is None: (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
+        whole(folder)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    whole(folder)
+    assert metrics_of(folder) == metrics_of(results)
 
 
 def test_unknown_parameter_is_an_error(tmp_path):
@@ -57,13 +125,9 @@ def test_unknown_parameter_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_notebook_stays_with_its_error(tmp_path):
-    with pytest.raises(RunFailed, match="report.failed.ipynb"): run_notebook("report", tmp_path, {"folder": str(tmp_path/"nothing")})
-    assert [p.name for p in tmp_path.iterdir()] == ["report.failed.ipynb"]
-    assert "InputError" in (tmp_path/"report.failed.ipynb").read_text()
-
-
 def test_other_data_under_the_same_name_is_prepared_anew(results):
-    told = []
-    run_results(results.parent, size="tiny", seed=2, configurations=(TEACHER,), say=told.append)
-    assert "scenes-tiny: preparing" in told and f"{TEACHER}: train" in told
+    before = stamps(results, "training.json")
+    vocabulary = results.parent/"vocab.txt"
+    vocabulary.write_text((results/"data"/"vocab.txt").read_text() + "\nzebra\n")
+    run(results.parent, vocabulary=str(vocabulary))
+    assert all(after > before[r] for r, after in stamps(results, "training.json").items())
