@@ -57,6 +57,18 @@ def _evaluate(a):
     print(f"rsum {metrics['rsum']:.1f}")
     if a.json: write_json(a.json, {k: metrics[k] for k in ("i2t", "t2i", "rsum")})
 
+def _fetch(a):
+    from aladin.manifests import fetch
+    folder = fetch(a.name, a.out, say=lambda line: print(line, flush=True))
+    print(f"{a.name}: whole in {folder}")
+
+def _verify(a):
+    from aladin.manifests import verify
+    problems = verify(a.name, *a.folder)
+    for problem in problems: print(problem)
+    if not problems: print(f"{a.name}: whole")
+    return 2 if problems else 0
+
 def _results(a):
     from aladin.experiments import CONFIGURATIONS, run_results
     table = run_results(a.out, a.data, a.features, a.name, a.size, a.seed, a.settings, a.vocabulary, a.pictures, a.force, a.configuration or CONFIGURATIONS, say=lambda line: print(line, flush=True))
@@ -73,6 +85,8 @@ def _options(parser, *names):
         keys=dict(metavar="FILE", help="key file that chooses and orders the images; a bare name is looked up in the data folder"),
         seed=dict(type=int, help="random seed (default: 0 for scenes, the configuration's for training)"))
     for name in names: parser.add_argument(f"--{name}", **shared[name])
+
+def _name_option(parser): parser.add_argument("name", metavar="NAME", help="a manifest of data_manifests/ (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a YAML file")
 
 def make_parser()->argparse.ArgumentParser:
     "The parser of the `aladin` command."
@@ -106,6 +120,12 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--head", choices=("matching", "alignment"), default="matching", help="which head (default: matching)")
     p.add_argument("--json", metavar="FILE", help="write the metrics here, in percent")
     _options(p, "keys")
+    p = command(_fetch, "bring the files of a data set or checkpoint, checked and resumable", "  aladin fetch flickr8k_source\n  ALADIN_VINVL_TOKEN='sp=r&...' aladin fetch vinvl_coco_features --out vinvl")
+    _name_option(p)
+    p.add_argument("--out", metavar="DIR", help="where the files go (default: datasets/NAME or models/NAME)")
+    p = command(_verify, "compare folders with the list of what a data set or checkpoint consists of", "  aladin verify coco_ir datasets/coco_ir\n  aladin verify vinvl_base models/vinvl_base && echo whole")
+    _name_option(p)
+    p.add_argument("folder", nargs="+", metavar="DIR", help="where to look; the first folder that holds a file counts")
     p = command(_results, "prepare, train, evaluate and compare the configurations (make results)", "  aladin results\n  aladin results --data coco_ir --name coco --out results")
     p.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     p.add_argument("--data", metavar="DIR", help="data folder in the COCO-IR layout (default: the embedded scenes)")
@@ -125,9 +145,8 @@ def _stop(a, message, status):
 def main(
     arguments:list|None=None, # words of the command line; those of the process when not given
 )->int: # exit status
-    "Run the `aladin` command; bad input ends with a message and status 2."
+    "Run the `aladin` command; bad input ends with a message and status 2, as do problems that `verify` finds."
     a = make_parser().parse_args(arguments)
-    try: a.run(a)
+    try: return a.run(a) or 0
     except (InputError, FloatingPointError, RunFailed) as e: return _stop(a, e, 2)
     except KeyboardInterrupt: return _stop(a, "stopped", 130)
-    return 0
