@@ -46,6 +46,13 @@ def _encode(a):
     save_embeddings(embeddings, a.out)
     print(f"{a.out}: {len(data.image_ids)} images with {len(embeddings.regions.values)} regions, {len(data)} captions with {len(embeddings.words.values)} words")
 
+def _plan(a):
+    from aladin.plan import plan
+    p = plan(a.configuration, a.data, a.settings, a.features, a.vocabulary, a.out, a.seed, a.steps)
+    for line in p.lines: print(line)
+    for problem in p.problems: print(f"{'problem':14}{problem}")
+    return 2 if p.problems else 0
+
 def _evaluate(a):
     from aladin.data import read_keys
     from aladin.embeddings import load_embeddings
@@ -108,6 +115,12 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
     _options(p, "data", "out", "seed")
+    p = command(_plan, "a dry run: check all files, measure a few training steps, tell times and disk needed", "  aladin plan --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data\n  aladin plan --configuration alad-alignment-and-matching-distill --data coco_ir --features vinvl")
+    p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
+    p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
+    _options(p, "data", "features", "vocabulary", "seed")
+    p.add_argument("--out", default="results", metavar="DIR", help="where the run would write; only its free space is looked at (default: results)")
+    p.add_argument("--steps", type=int, default=3, help="training steps to measure (default: 3)")
     p = command(_encode, "encode every image and every caption of a split once", "  aladin encode --model model --data coco_ir --split test --keys test_img_keys.tsv --out embeddings.safetensors")
     p.add_argument("--model", required=True, metavar="DIR", help="model folder")
     _options(p, "data", "features", "keys", "vocabulary", "out")
@@ -145,7 +158,7 @@ def _stop(a, message, status):
 def main(
     arguments:list|None=None, # words of the command line; those of the process when not given
 )->int: # exit status
-    "Run the `aladin` command; bad input ends with a message and status 2, as do problems that `verify` finds."
+    "Run the `aladin` command; bad input ends with a message and status 2, as do problems that `verify` and `plan` find."
     a = make_parser().parse_args(arguments)
     try: return a.run(a) or 0
     except (InputError, FloatingPointError, RunFailed) as e: return _stop(a, e, 2)
