@@ -216,6 +216,8 @@ class Downloader:
         "Append the response to `part`, or write it anew where the server sends the whole."
         if response.status_code == 416: return _check_end(response, part)
         if response.status_code >= 400: raise _refusal(response, url, self.manifest)
+        if response.headers.get("Content-Type", "").startswith("text/html") and not self.file.path.endswith(".html"):
+            raise InputError(url, "content", "the file", "a web page", f"open the address in a browser: it may ask for a log-in or a consent. See {self.manifest.homepage}")
         start = _start(response, part)
         whole = start + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         if whole and self.file.size not in (None, whole): raise InputError(url, "size", f"{self.file.size} bytes", f"{whole} bytes", "the server holds another file: check the manifest")

@@ -29,6 +29,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start: self.send_header("Content-Range", f"bytes {start}-{len(server.body)-1}/{len(server.body)}")
         self.send_header("ETag", server.etag)
+        self.send_header("Content-Type", server.kind)
         self.send_header("Content-Length", str(len(server.body)-start))
         self.end_headers()
         self.write(server.body[start:], mishap)
@@ -63,7 +64,7 @@ def no_proxy(monkeypatch):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.over = body,'"1"',[],[],True,threading.Event()
+    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = body,'"1"',[],[],True,"application/octet-stream",threading.Event()
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield server
     server.over.set()
@@ -223,6 +224,12 @@ def test_refused_without_a_token(manifest, server, tmp_path, status):
     server.mishaps = [status]
     refused(manifest, tmp_path, f"status {status}", "https://example.org")
     assert len(server.asked) == 1
+
+
+def test_web_page_in_place_of_the_file(manifest, server, tmp_path):
+    server.kind = "text/html; charset=utf-8"
+    refused(without_digest(manifest), tmp_path, "a web page", "https://example.org")
+    assert contents(tmp_path) == []
 
 
 def test_nobody_answers(manifest, server, tmp_path):
