@@ -48,6 +48,13 @@ def _encode(a):
     save_embeddings(embeddings, a.out)
     print(f"{a.out}: {len(data.image_ids)} images with {len(embeddings.regions.values)} regions, {len(data)} captions with {len(embeddings.words.values)} words")
 
+def _plan(a):
+    from aladin.plan import plan
+    p = plan(a.configuration, a.data, a.settings, a.features, a.vocabulary, a.out, a.seed, a.steps, a.teacher)
+    for line in p.lines: print(line)
+    for problem in p.problems: print(f"{'problem':14}{problem}")
+    return 2 if p.problems else 0
+
 def _evaluate(a):
     from aladin.data import read_keys
     from aladin.embeddings import load_embeddings
@@ -58,6 +65,18 @@ def _evaluate(a):
     for direction in ("i2t", "t2i"): print(direction, "  ".join(f"{k} {v:.1f}" for k,v in metrics[direction].items()))
     print(f"rsum {metrics['rsum']:.1f}")
     if a.json: write_json(a.json, {k: metrics[k] for k in ("i2t", "t2i", "rsum")})
+
+def _fetch(a):
+    from aladin.manifests import fetch
+    folder = fetch(a.name, a.out, say=lambda line: print(line, flush=True))
+    print(f"{a.name}: whole in {folder}")
+
+def _verify(a):
+    from aladin.manifests import verify
+    problems = verify(a.name, *a.folder)
+    for problem in problems: print(problem)
+    if not problems: print(f"{a.name}: whole")
+    return 2 if problems else 0
 
 def _results(a):
     from aladin.graph import CONFIGURATIONS, run_results
@@ -86,6 +105,8 @@ def _options(parser, *names):
         seed=dict(type=int, help="random seed (default: 0 for scenes, the configuration's for training)"))
     for name in names: parser.add_argument(f"--{name}", **shared[name])
 
+def _name_option(parser): parser.add_argument("name", metavar="NAME", help="a manifest of data_manifests/ (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a YAML file")
+
 def make_parser()->argparse.ArgumentParser:
     "The parser of the `aladin` command."
     parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.")
@@ -107,6 +128,13 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
     p.add_argument("--teacher", metavar="DIR", help="model folder that the student starts from; needed where a frozen backbone is distilled")
     _options(p, "data", "out", "seed")
+    p = command(_plan, "a dry run: check all files, measure a few training steps, tell times and disk needed", "  aladin plan --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data\n  aladin plan --configuration alad-alignment-and-matching-distill --data coco_ir --features vinvl")
+    p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
+    p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
+    _options(p, "data", "features", "vocabulary", "seed")
+    p.add_argument("--out", default="results", metavar="DIR", help="where the run would write; only its free space is looked at (default: results)")
+    p.add_argument("--steps", type=int, default=3, help="training steps to measure (default: 3)")
+    p.add_argument("--teacher", metavar="DIR", help="model folder that the student would start from")
     p = command(_encode, "encode every image and every caption of a split once", "  aladin encode --model model --data coco_ir --split test --keys test_img_keys.tsv --out embeddings.safetensors")
     p.add_argument("--model", required=True, metavar="DIR", help="model folder")
     _options(p, "data", "features", "keys", "vocabulary", "out")
@@ -119,6 +147,12 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--head", choices=("matching", "alignment"), default="matching", help="which head (default: matching)")
     p.add_argument("--json", metavar="FILE", help="write the metrics here, in percent")
     _options(p, "keys")
+    p = command(_fetch, "bring the files of a data set or checkpoint, checked and resumable", "  aladin fetch flickr8k_source\n  ALADIN_VINVL_TOKEN='sp=r&...' aladin fetch vinvl_coco_features --out vinvl")
+    _name_option(p)
+    p.add_argument("--out", metavar="DIR", help="where the files go (default: datasets/NAME or models/NAME)")
+    p = command(_verify, "compare folders with the list of what a data set or checkpoint consists of", "  aladin verify coco_ir datasets/coco_ir\n  aladin verify vinvl_base models/vinvl_base && echo whole")
+    _name_option(p)
+    p.add_argument("folder", nargs="+", metavar="DIR", help="where to look; the first folder that holds a file counts")
     p = command(_results, "prepare, train, evaluate and compare the configurations (make results)", "  aladin results\n  aladin results --data coco_ir --name coco --out results")
     p.add_argument("--out", default="results", metavar="DIR", help="results folder (default: results)")
     p.add_argument("--data", metavar="DIR", help="data folder in the COCO-IR layout (default: the embedded scenes)")
@@ -146,9 +180,8 @@ def _stop(a, message, status):
 def main(
     arguments:list|None=None, # words of the command line; those of the process when not given
 )->int: # exit status
-    "Run the `aladin` command; bad input ends with a message and status 2."
+    "Run the `aladin` command; bad input ends with a message and status 2, as do problems that `verify` and `plan` find."
     a = make_parser().parse_args(arguments)
-    try: a.run(a)
+    try: return a.run(a) or 0
     except (InputError, FloatingPointError, RunFailed) as e: return _stop(a, e, 2)
     except KeyboardInterrupt: return _stop(a, "stopped", 130)
-    return 0

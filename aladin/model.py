@@ -214,7 +214,7 @@ def start_from_text_model(
 ):
     "Copy a text model's embeddings and layers into the backbone; raises `InputError` where the geometry differs."
     try: source = AutoModel.from_pretrained(path).state_dict()
-    except OSError as e: raise InputError(path, "model.init_from", "a text model's folder or hub name", str(e).split("\n")[0][:200], "put the model there or change model.init_from") from None
+    except (OSError, ValueError) as e: raise InputError(path, "model.init_from", "a text model's folder or hub name", str(e).split("\n")[0][:200], "put the model there or change model.init_from") from None
     own = model.backbone.state_dict()
     chosen = {n: t for n,t in source.items() if n.startswith(("embeddings.", "encoder."))}
     bad = [f"{n} {tuple(t.shape)}" for n,t in chosen.items() if n in own and t.shape != own[n].shape]

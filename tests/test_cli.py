@@ -67,7 +67,7 @@ def test_1k_keys_on_encoded_file(embeddings):
     np.testing.assert_allclose(json.loads(out.read_text())["i2t"]["r1"], want[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "convert", "train", "encode", "evaluate", "results"])
+@pytest.mark.parametrize("command", ["", "prepare", "convert", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])
 def test_help(command):
     done = subprocess.run([sys.executable, "-c", "from aladin.cli import main; main()", *command.split(), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout
