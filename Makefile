@@ -22,7 +22,11 @@ help: ## list the targets and variables
 	@echo "  FEATURES=folder  region features, a TSV folder or a region store (default: DATA)"
 	@echo "  NAME=name        name of the data set in the results"
 	@echo "  SIZE=tiny|full   tiny takes minutes and only shows that everything runs (default: full)"
-	@echo "  SEED=number      seed of data and training"
+	@echo "  SEED=number      first training seed (default: the configurations')"
+	@echo "  SEEDS=number     how many seeds: the table then gives mean and standard deviation (default: 1)"
+	@echo "  CONFIGURATION='name ...'  only these (default: all six)"
+	@echo "  JOBS=number      processor cores to use (default: all)"
+	@echo "  THREADS=number   processor threads of one run (default: 1)"
 	@echo "  VOCABULARY=file  a vocab.txt (default: the data's own, or one made from its captions)"
 	@echo "  PICTURES=folder  pictures for the attention figures (default: DATA)"
 	@echo "  FORCE=1          redo what is already there"
@@ -52,7 +56,8 @@ dev: $(VENV)/.dev ## make .venv with the development tools as well
 
 results: $(VENV)/.core ## train, evaluate and compare every configuration; write tables and figures
 	@$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
-	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(foreach c,$(CONFIGURATION),--configuration "$(c)") $(if $(JOBS),--jobs $(JOBS)) $(if $(THREADS),--threads $(THREADS)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/

@@ -20,7 +20,7 @@ from .data import build_vocabulary, captions_file, load_tokenizer, open_split, r
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
 from .model import AladinConfig, AladinModel, load_model, save_model, start_from_teacher, start_from_text_model
-from .plots import results_table, table_markdown
+from .plots import results_table, students_markdown, students_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
 from .training import TrainingLog, pretrain, set_seed, train, trained_heads
@@ -175,10 +175,12 @@ def report(
     runs=None, # which, as <configuration>/seed-<number>; all that are there when not given
     out=None, # folder for table.md and table.csv; `folder` when not given
 )->pd.DataFrame:
-    "Gather the runs' metrics.json into table.md and table.csv."
+    "Gather the runs' metrics.json into table.csv and table.md, the latter with what each student keeps of its teacher's rsum."
     runs,out = [read_json(p) for p in ([Path(folder)/r/"metrics.json" for r in runs] if runs else sorted(Path(folder).glob("*/seed-*/metrics.json"))) if p.parent.suffix != ".part"],Path(out or folder)
     if not runs: raise InputError(folder, "folder", "runs with a metrics.json", "none", "run some configurations first")
     table = results_table(runs)
     with atomic_write(out/"table.csv") as part: table.to_csv(part)
-    with atomic_write(out/"table.md") as part: part.write_text(table_markdown(table), encoding="utf-8")
+    students = students_table(table) if table.index.get_level_values("data").nunique() == 1 else []
+    text = table_markdown(table) + (f"\n{students_markdown(students)}" if len(students) else "")
+    with atomic_write(out/"table.md") as part: part.write_text(text, encoding="utf-8")
     return table

@@ -114,6 +114,10 @@ def _stamps(*folders):
     "Names, sizes and times of the source files, to notice that they were written anew."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for f in folders if f for p in ([Path(f)] if Path(f).is_file() else sorted(Path(f).iterdir())) if p.is_file()]
 
+def _run(configuration, settings, seed, teacher, config):
+    "What the graph knows of a run; only a run that trains the alignment head shows its attention."
+    return dict(configuration=str(configuration), settings=str(settings), seed=seed, teacher=teacher, attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
+
 def describe(
     out="results", # where results/<name> is written
     data=None, # a COCO-IR folder; none: the embedded scenes
@@ -143,7 +147,7 @@ def describe(
         for number in range(first.seed, first.seed+seeds):
             config = experiment_config(configuration, settings, number)
             teacher = f"{TEACHER}/seed-{number}" if config.model.freeze_backbone else ""
-            graph["runs"][f"{config.name}/seed-{number}"] = dict(configuration=str(configuration), settings=str(settings), seed=number, teacher=teacher, digest=_digest(config_to_dict(config), _code_digest()))
+            graph["runs"][f"{config.name}/seed-{number}"] = _run(configuration, settings, number, teacher, config)
     return _with_teachers(graph, settings)
 
 def _with_teachers(graph, settings):
@@ -151,7 +155,7 @@ def _with_teachers(graph, settings):
     wanted = {r["teacher"] for r in graph["runs"].values() if r["teacher"]} - set(graph["runs"])
     for run in wanted:
         seed = int(run.rsplit("-", 1)[1])
-        graph["runs"][run] = dict(configuration=TEACHER, settings=str(settings), seed=seed, teacher="", digest=_digest(config_to_dict(experiment_config(TEACHER, settings, seed)), _code_digest()))
+        graph["runs"][run] = _run(TEACHER, settings, seed, "", experiment_config(TEACHER, settings, seed))
     return graph | dict(runs=dict(sorted(graph["runs"].items(), key=lambda o: (bool(o[1]["teacher"]), o[0]))))
 
 # %% ../nbs/17_graph.ipynb #becf7836

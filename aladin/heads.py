@@ -92,6 +92,11 @@ class AlignmentHead(nn.Module):
         return alignment_scores(regions, words, self.aggregation, clamp)
 
 # %% ../nbs/06_heads.ipynb #29945f17
+def _attend(attention, hidden, layout):
+    "Self-attention of packed rows [rows, dim] with the weights of an nn.MultiheadAttention, before its output projection."
+    q,k,v = F.linear(hidden, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+    return layout.attend(q, k, v, attention.num_heads, attention.dropout if attention.training else 0.0)
+
 class MatchingLayer(nn.Module):
     "A post-norm transformer layer on packed rows."
     def __init__(self,
@@ -107,9 +112,7 @@ class MatchingLayer(nn.Module):
 
     def forward(self, hidden:Tensor, layout:Layout)->Tensor: # [rows, dim]
         "All rows."
-        a = self.self_attn
-        q,k,v = F.linear(hidden, a.in_proj_weight, a.in_proj_bias).chunk(3, dim=-1)
-        return self._rest(hidden, layout.attend(q, k, v, a.num_heads, a.dropout if self.training else 0.0))
+        return self._rest(hidden, _attend(self.self_attn, hidden, layout))
 
     def first(self, hidden:Ragged, layout:Layout)->Tensor: # [sequences, dim]
         "The first row of each sequence only."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attention', 'attend', 'find_picture', 'plot_attention', 'plot_curves', 'results_table', 'table_markdown',
-           'plot_results']
+           'plot_results', 'students_table', 'students_markdown', 'plot_efficiency']
 
 # %% ../nbs/13_plots.ipynb #585fd864
 import math, textwrap
@@ -252,5 +252,46 @@ def plot_results(
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(heads))
+    plt.close(figure)
+    return figure
+
+# %% ../nbs/13_plots.ipynb #dd21520d
+def students_table(
+    table:pd.DataFrame, # from `results_table`, one data set
+    teacher:str="alad-alignment-triplet", # the configuration whose alignment head the others are compared with
+)->pd.DataFrame: # index student; rsum, teacher, teacher rsum, gap, share kept (percent); empty where there is no student
+    "The rsum that each matching head keeps of its teacher's."
+    rsum = table["rsum"].droplevel("data")
+    def row(student):
+        own = student if (student, "alignment") in rsum.index else teacher
+        if (own, "alignment") not in rsum.index: return
+        kept,whole = rsum[student, "matching"],rsum[own, "alignment"]
+        return dict(student=student, rsum=kept, teacher=own, **{"teacher rsum": whole, "gap": whole - kept, "share kept": 100*kept/whole})
+    columns = ["student", "rsum", "teacher", "teacher rsum", "gap", "share kept"]
+    return pd.DataFrame([r for s,head in rsum.index if head == "matching" and (r := row(s))], columns=columns).set_index("student")
+
+def students_markdown(
+    students:pd.DataFrame, # from `students_table`
+)->str:
+    "The table in Markdown, one decimal."
+    lines = ["| student | matching rsum | teacher (alignment head) | its rsum | gap | kept % |", "|---|---:|---|---:|---:|---:|"]
+    return "\n".join(lines + [f"| {name} | {r['rsum']:.1f} | {r['teacher']} | {r['teacher rsum']:.1f} | {r['gap']:.1f} | {r['share kept']:.1f} |" for name,r in students.iterrows()]) + "\n"
+
+# %% ../nbs/13_plots.ipynb #0734f22b
+def plot_efficiency(
+    runs:list, # of what metrics.json holds
+)->Figure:
+    "Text-to-image recall over the seconds of a query, one point a configuration and head, mean of its seeds."
+    rows = pd.DataFrame([dict(configuration=r["configuration"], head=h, milliseconds=1000*m["seconds"]/r["captions"], rsum=sum(m["t2i"][f"r{k}"] for k in (1, 5, 10))) for r in runs for h,m in r["heads"].items()])
+    points = rows.groupby(["configuration", "head"], as_index=False).mean()
+    figure,ax = plt.subplots(figsize=(6.4, 3.6), dpi=80, layout="constrained")
+    for head,group in points.groupby("head"):
+        colour,marker,_ = _HEADS[head]
+        ax.scatter(group["milliseconds"], group["rsum"], color=colour, marker=marker, label=head)
+    for _,o in points.iterrows(): ax.annotate(o["configuration"].removeprefix("alad-"), (o["milliseconds"], o["rsum"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    ax.set(xscale="log", xlabel="milliseconds to score and rank a caption against all test images", ylabel="t2i R@1 + R@5 + R@10")
+    ax.margins(x=.35, y=.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
     plt.close(figure)
     return figure

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from aladin.config import InputError, RunFailed
+from aladin.embeddings import load_embeddings
+from aladin.evaluation import evaluate_embeddings
 from aladin.experiments import report
 from aladin.graph import experiments_dir, run_notebook, run_results
 from aladin.model import load_model
@@ -41,12 +43,24 @@ def stamps(folder, name): return {r: (folder/r/name).stat().st_mtime_ns for r in
 
 def test_a_run_leaves_its_record(results):
     for run, head in zip(RUNS, ("alignment", "matching")):
-        assert {p.name for p in (results/run).iterdir()} >= {"train.ipynb", "evaluate.ipynb", "attention.ipynb", "metrics.json", "training.json", "history.csv", "curves.png", "attention-1.png", "model"}
+        assert {p.name for p in (results/run).iterdir()} >= {"train.ipynb", "evaluate.ipynb", "metrics.json", "training.json", "history.csv", "curves.png", "model"}
         made = json.loads((results/run/"metrics.json").read_text())
         assert made["seed"] == 1 and {"commit", "versions", "machine"} <= set(made["made by"]) and made["train_seconds"] > 0 and set(made["heads"]) == {head}
+    assert {p.name for p in (results/TEACHER).iterdir()} >= {"attention.ipynb", "attention-1.png"}
     assert (results/"table.md").exists() and len(pd.read_csv(results/"table.csv")) == 2
     taken = json.loads((results/STUDENT/"training.json").read_text())["teacher"]
     assert taken["taken"] and taken["left"] and all(o.startswith("matching.") for o in taken["left"])
+
+
+def test_the_report_holds_what_the_embeddings_say(results):
+    table = pd.read_csv(results/"table.csv").set_index(["configuration", "head"])
+    for run, head in zip(RUNS, ("alignment", "matching")):
+        m = evaluate_embeddings(load_embeddings(results/run/"embeddings.safetensors"), (head,))[head]
+        row = table.loc[(run.split("/")[0], head)]
+        assert [row[f"{d} R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [row["rsum"]] == pytest.approx([m[d][f"r{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [m["rsum"]])
+    teacher, student = table.loc[(CONFIGURATIONS[0], "alignment"), "rsum"], table.loc[(CONFIGURATIONS[1], "matching"), "rsum"]
+    assert f"| {CONFIGURATIONS[1]} | {student:.1f} | {CONFIGURATIONS[0]} | {teacher:.1f} | {teacher-student:.1f} | {100*student/teacher:.1f} |" in (results/"table.md").read_text()
+    assert (results/"efficiency.png").exists()
 
 
 def test_the_frozen_student_has_its_teachers_backbone(results):
