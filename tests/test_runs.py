@@ -16,7 +16,7 @@ from aladin.config import InputError, RunFailed
 from aladin.embeddings import load_embeddings
 from aladin.evaluation import evaluate_embeddings
 from aladin.experiments import report
-from aladin.graph import experiments_dir, run_notebook, run_results
+from aladin.graph import describe, experiments_dir, run_notebook, run_results
 from aladin.model import load_model
 
 TEACHER, STUDENT = RUNS = ("alad-alignment-triplet/seed-1", "alad-matching-distill-finetune/seed-1")
@@ -139,9 +139,10 @@ def test_unknown_parameter_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_data_under_the_same_name_is_prepared_anew(results):
-    before = stamps(results, "training.json")
-    vocabulary = results.parent/"vocab.txt"
-    vocabulary.write_text((results/"data"/"vocab.txt").read_text() + "\nzebra\n")
-    run(results.parent, vocabulary=str(vocabulary))
-    assert all(after > before[r] for r, after in stamps(results, "training.json").items())
+def test_other_data_under_the_same_name_is_another_study(tmp_path):
+    def digest(**study): return describe(tmp_path, size="tiny", **study)["prepare"]["digest"]
+    (vocabulary := tmp_path/"vocab.txt").write_text("[PAD]\n")
+    first = digest(vocabulary=str(vocabulary))
+    assert first == digest(vocabulary=str(vocabulary)) != digest()
+    vocabulary.write_text("[PAD]\n[UNK]\n")
+    assert digest(vocabulary=str(vocabulary)) != first
