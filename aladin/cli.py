@@ -6,7 +6,7 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #9f2027c9
-import argparse, os, sys
+import argparse, os, shutil, sys
 from pathlib import Path
 
 from .config import DataSettings, InputError, RunFailed, write_json
@@ -15,10 +15,11 @@ from .config import DataSettings, InputError, RunFailed, write_json
 def _prepare(a):
     from aladin.experiments import prepare_data, prepare_scenes
     if a.data == "scenes":
+        if a.force and (Path(a.out)/"scenes"/"scenes.json").exists(): shutil.rmtree(Path(a.out)/"scenes")
         summary = prepare_scenes(Path(a.out)/"scenes", a.size, a.seed or 0)
         print(f"symbolic ceiling: {summary['ceiling']}")
-        print(prepare_data(Path(a.out)/"scenes", Path(a.out)/"data"))
-    else: print(prepare_data(a.data, a.out, a.features, a.vocabulary, a.dtype))
+        print(prepare_data(Path(a.out)/"scenes", Path(a.out)/"data", overwrite=a.force))
+    else: print(prepare_data(a.data, a.out, a.features, a.vocabulary, a.dtype, a.force))
 
 def _convert(a):
     from aladin.model import AladinModel, save_model
@@ -119,6 +120,7 @@ def make_parser()->argparse.ArgumentParser:
     _options(p, "data", "features", "out", "vocabulary", "seed")
     p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors (default: float32)")
     p.add_argument("--size", choices=("full", "tiny"), default="full", help="scenes only: how many images (default: full)")
+    p.add_argument("--force", action="store_true", help="replace a prepared folder that is there")
     p = command(_convert, "turn the authors' checkpoint and Oscar folder into a model folder", "  aladin convert --checkpoint checkpoint.pth.tar --oscar vinvl_base --out model")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint.pth.tar of the original program")
     p.add_argument("--oscar", required=True, metavar="DIR", help="Oscar or VinVL checkpoint folder")

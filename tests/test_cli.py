@@ -78,3 +78,11 @@ def test_bad_input_leaves_nothing(tmp_path, capsys):
     assert main(["convert", "--checkpoint", str(tmp_path/"none.pth.tar"), "--oscar", str(golden/"oscar_ckpt"), "--out", str(tmp_path/"model")]) == 2
     assert "none.pth.tar" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_replaces_only_when_told(tmp_path, capsys):
+    first = ["prepare", "--data", "scenes", "--size", "tiny", "--out", str(tmp_path)]
+    assert main(first) == 0
+    before = (tmp_path/"data"/"prepared.json").stat().st_mtime_ns
+    assert main(first) == 2 and "files in it" in capsys.readouterr().err
+    assert main([*first, "--force"]) == 0 and (tmp_path/"data"/"prepared.json").stat().st_mtime_ns > before
