@@ -171,7 +171,7 @@ def make_parser()->argparse.ArgumentParser:
     _options(p, "features", "vocabulary", "seed")
     p = command(_stage, "one stage of the graph of aladin results, as its Snakefile calls it", "  aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")
     p.add_argument("--graph", required=True, metavar="FILE", help="graph.json that aladin results wrote")
-    p.add_argument("stage", choices=("prepare", "train", "evaluate", "attention", "report"), help="which stage")
+    p.add_argument("stage", choices=("prepare", "pretrain", "train", "evaluate", "attention", "report"), help="which stage")
     p.add_argument("--run", dest="of", default="", metavar="RUN", help="<configuration>/seed-<number>, for the stages of a run")
     return parser
 

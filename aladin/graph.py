@@ -114,9 +114,17 @@ def _stamps(*folders):
     "Names, sizes and times of the source files, to notice that they were written anew."
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for f in folders if f for p in ([Path(f)] if Path(f).is_file() else sorted(Path(f).iterdir())) if p.is_file()]
 
-def _run(configuration, settings, seed, teacher, config):
-    "What the graph knows of a run; only a run that trains the alignment head shows its attention."
-    return dict(configuration=str(configuration), settings=str(settings), seed=seed, teacher=teacher, attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
+def _run(configuration, settings, seed, config):
+    "What the graph knows of a run: a frozen backbone starts from the teacher, another from the pre-training; only a run that trains the alignment head shows its attention."
+    start = f"{TEACHER}/seed-{seed}" if config.model.freeze_backbone else _pretraining(config)
+    return dict(configuration=str(configuration), settings=str(settings), seed=seed, start=start, attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
+
+def _pretraining(config):
+    "The name of the pre-training that a configuration starts from: the same for all that would pre-train alike."
+    if not config.training.pretrain_steps: return ""
+    model = {k: v for k,v in config_to_dict(config)["model"].items() if k not in ("matching_layers", "freeze_backbone")}
+    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "batch_size", "grad_clip", "thinning")}
+    return f"pretraining-{_digest(model, config_to_dict(config)['data'], training)[:6]}/seed-{config.seed}"
 
 def describe(
     out="results", # where results/<name> is written
@@ -131,7 +139,7 @@ def describe(
     pictures=None, # folder with the pictures, for the attention figures
     configurations=CONFIGURATIONS, # names or YAML files
     threads:int=1, # processor threads a run may use
-)->dict: # name, cwd, folder, threads, pictures, prepare, runs; paths are as seen from cwd
+)->dict: # name, cwd, folder, threads, pictures, prepare, pretraining, runs; paths are as seen from cwd
     "The study: every run with its parameters, its teacher and a digest of what it depends on; raises `InputError` for bad names, keys and values."
     if seeds < 1: raise InputError("results", "seeds", "1 or more", str(seeds), "give the number of seeds")
     for path,what in ((data, "data"), (features, "features"), (vocabulary, "vocabulary"), (pictures, "pictures")):
@@ -146,20 +154,20 @@ def describe(
         first = experiment_config(configuration, settings, seed)
         for number in range(first.seed, first.seed+seeds):
             config = experiment_config(configuration, settings, number)
-            teacher = f"{TEACHER}/seed-{number}" if config.model.freeze_backbone else ""
-            graph["runs"][f"{config.name}/seed-{number}"] = _run(configuration, settings, number, teacher, config)
-    return _with_teachers(graph, settings)
+            graph["runs"][f"{config.name}/seed-{number}"] = _run(configuration, settings, number, config)
+    return _with_starts(graph, settings)
 
-def _with_teachers(graph, settings):
-    "The teachers that some student needs come first, also when nobody asked for them by name."
-    wanted = {r["teacher"] for r in graph["runs"].values() if r["teacher"]} - set(graph["runs"])
-    for run in wanted:
+def _with_starts(graph, settings):
+    "The teachers that some student needs, also when nobody asked for them by name, and every pre-training once."
+    runs = graph["runs"]
+    for run in {r["start"] for r in runs.values() if r["start"].startswith(f"{TEACHER}/")} - set(runs):
         seed = int(run.rsplit("-", 1)[1])
-        graph["runs"][run] = _run(TEACHER, settings, seed, "", experiment_config(TEACHER, settings, seed))
-    return graph | dict(runs=dict(sorted(graph["runs"].items(), key=lambda o: (bool(o[1]["teacher"]), o[0]))))
+        runs[run] = _run(TEACHER, settings, seed, experiment_config(TEACHER, settings, seed))
+    pretraining = {r["start"]: dict(parameters={k: r[k] for k in ("configuration", "settings", "seed")}, digest=_digest(_code_digest())) for r in runs.values() if r["start"].startswith("pretraining-")}
+    return graph | dict(runs=dict(sorted(runs.items())), pretraining=pretraining)
 
 # %% ../nbs/17_graph.ipynb #becf7836
-_DONE = dict(prepare="data/prepared.json", train="training.json", evaluate="metrics.json", attention="attention.ipynb", report="table.md") # what each stage moves last
+_DONE = dict(prepare="data/prepared.json", pretrain="pretraining.json", train="training.json", evaluate="metrics.json", attention="attention.ipynb", report="table.md") # what each stage moves last
 
 def end_with_parent(
     how=signal.SIGTERM, # the signal that ends it
@@ -173,8 +181,9 @@ def _parameters(graph, stage, run, part):
     data = str(folder/"data")
     if stage == "prepare": return graph["prepare"]["parameters"] | dict(out=str(part))
     if stage == "report": return dict(folder=str(folder), out=str(part), runs=list(graph["runs"]))
+    if stage == "pretrain": return graph["pretraining"][run]["parameters"] | dict(data=data, run=str(part))
     r = graph["runs"][run]
-    if stage == "train": return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"], teacher=str(folder/r["teacher"]/"model") if r["teacher"] else "")
+    if stage == "train": return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"], teacher=str(folder/r["start"]/"model") if r["start"] else "")
     if stage == "evaluate": return dict(run=str(folder/run), data=data, name=graph["name"], out=str(part))
     return dict(run=str(folder/run), data=data, pictures=graph["pictures"], out=str(part))
 
@@ -186,8 +195,8 @@ def _move(source, target):
 
 def run_stage(
     graph:dict, # from `describe`
-    stage:str, # prepare, train, evaluate, attention or report
-    run:str="", # a key of the graph's runs, for the stages of a run
+    stage:str, # prepare, pretrain, train, evaluate, attention or report
+    run:str="", # a key of the graph's pretraining or runs, for their stages
     say=print, # where progress is told
 )->Path: # the file that tells that the stage is done
     "Execute a stage's notebook and move what it made to its place, all or nothing; raises `RunFailed` naming the failed notebook."
@@ -215,8 +224,7 @@ def _snakemake(graph, jobs, *options):
     "Run Snakemake on the study; its exit status."
     folder = Path(graph["folder"]).resolve()
     command = [sys.executable, "-m", "snakemake", "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", "--cores", jobs, *options]
-    threads = dict(OMP_NUM_THREADS=str(graph["threads"]), MKL_NUM_THREADS=str(graph["threads"])) if jobs > 1 else {}
-    return subprocess.run([str(o) for o in command], env=os.environ | threads, preexec_fn=lambda: end_with_parent(signal.SIGKILL)).returncode
+    return subprocess.run([str(o) for o in command], preexec_fn=lambda: end_with_parent(signal.SIGKILL)).returncode
 
 def run_results(
     out="results", # where results/<name> is written
