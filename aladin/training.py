@@ -44,7 +44,8 @@ def batch_losses(
     of_pair = torch.as_tensor(of_pair, device=device)
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
-    return criterion(alignment, matching, captions.matching, epoch, step)
+    depth = [[o.values for o in side.depth] for side in (images, captions)] if "hidden_l1" in terms else ()
+    return criterion(alignment, matching, captions.matching, epoch, step, depth)
 
 # %% ../nbs/09_training.ipynb #07d89307
 def make_optimizer(
