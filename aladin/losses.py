@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['triplet_loss', 'similarity', 'listnet_loss', 'ordinal_loss', 'contrastive_distillation_loss', 'DistillationLoss',
-           'entropy_loss', 'Criterion']
+           'entropy_loss', 'hidden_l1', 'Criterion']
 
 # %% ../nbs/07_losses.ipynb #bd92e9d0
 import torch
@@ -111,6 +111,14 @@ def entropy_loss(
     nearest = (both @ both.T).fill_diagonal_(-torch.inf).argmax(1)
     return -torch.log(len(both) * F.pairwise_distance(both, both[nearest], eps=1e-6)).mean()
 
+# %% ../nbs/07_losses.ipynb #1ecbe1dc
+def hidden_l1(
+    images:list, # hidden states of every layer, [region rows, dim] each
+    captions:list, # hidden states of every layer, [word rows, dim] each
+)->Tensor: # scalar
+    "A thousandth of the rows' mean L1 length, the mean of both sides."
+    return sum(o.abs().sum(-1).mean()/len(side) for side in (images, captions) for o in side) / 2000
+
 # %% ../nbs/07_losses.ipynb #1d505e66
 class Criterion(nn.Module):
     "The weighted sum of a configuration's losses."
@@ -128,6 +136,7 @@ class Criterion(nn.Module):
         captions:Tensor|None, # matching embeddings, [pairs, dim]
         epoch:int=0, # for activate_distillation_after
         step:int=10**9, # for all_negatives_steps
+        depth:tuple=(), # hidden states of the images' and of the captions' layers, for hidden_l1
     )->tuple: # total (scalar), dict of each term's loss
         "The total and its terms."
         s,losses = self.settings,{}
@@ -137,6 +146,7 @@ class Criterion(nn.Module):
             if term == "alignment": losses[term] = triplet_loss(alignment, s.margin, hardest)
             elif term == "matching": losses[term] = triplet_loss(matching, s.margin, hardest)
             elif term == "entropy": losses[term] = entropy_loss(images, captions)
+            elif term == "hidden_l1": losses[term] = hidden_l1(*depth)
             elif epoch >= s.activate_distillation_after: losses[term] = self.distillation(alignment, matching)
         if not losses: raise ValueError(f"no loss is active in epoch {epoch}: distillation alone cannot wait until epoch {s.activate_distillation_after}")
         return self._weigh(losses), losses

@@ -19,9 +19,13 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from .backbone import Backbone
 from .config import InputError, ModelSettings, DataSettings, atomic_dir, config_from_authors, read_json
 from .data import ImageBatch, Ragged, load_torch_file
-from .heads import AlignmentHead, MatchingHead
+from .heads import AlignmentHead, DepthFusion, GatedDepth, MatchingHead, MeanDepth, TransformerLayers
 
 # %% ../nbs/08_model.ipynb #5d6c8f60
+def _variant(settings):
+    "The settings of depth aggregation and extra layers."
+    return {k: getattr(settings, k) for k in ("depth_alignment", "depth_matching", "post_layers", "alignment_layers", "separate_streams")}
+
 class AladinConfig(PreTrainedConfig):
     "Geometry of the backbone (BERT's names) and of the heads."
     model_type = "aladin"
@@ -52,6 +56,11 @@ class AladinConfig(PreTrainedConfig):
         max_tokens=70, # longest text the model was trained with
         max_tags=0, # longest tags the model was trained with; 0: max_tokens
         max_regions=50, # most regions the model was trained with
+        depth_alignment="none", # what both heads read of the layers below the last: none, mean or gated
+        depth_matching="none", # what the matching head reads of all layers: none, mean or gated
+        post_layers=0, # layers after the backbone that depth_matching aggregates too
+        alignment_layers=0, # layers between the backbone and the alignment head
+        separate_streams=False, # own alignment_layers for images and captions
         **kwargs,
     ):
         for name,value in list(locals().items()):
@@ -73,7 +82,7 @@ class AladinConfig(PreTrainedConfig):
                    intermediate_size=m.intermediate_size, hidden_dropout_prob=m.dropout, attention_probs_dropout_prob=m.dropout,
                    region_dim=region_dim, region_layer_norm=m.region_layer_norm, matching_layers=m.matching_layers, head_dropout=m.dropout,
                    aggregation=m.aggregation, drop_first_region=m.drop_first_region, drop_last_word=m.drop_last_word, clamp=m.clamp,
-                   max_tokens=data.max_tokens, max_tags=data.max_tags, max_regions=data.max_regions)
+                   max_tokens=data.max_tokens, max_tags=data.max_tags, max_regions=data.max_regions, **_variant(m))
 
 # %% ../nbs/08_model.ipynb #6f5c520c
 @dataclass
@@ -81,6 +90,7 @@ class Encoded:
     "Images or captions, encoded."
     matching:Tensor|None # vectors of length 1, [items, hidden]
     sets:Ragged|None # region or word sets, rows of length 1, [total, hidden]
+    depth:list|None=None # with depth_matching: the hidden states it aggregated, a Ragged [total, hidden] each
 
 class AladinModel(PreTrainedModel):
     "The two-stream backbone with its alignment and matching heads."
@@ -95,8 +105,17 @@ class AladinModel(PreTrainedModel):
         self.classifier = nn.Linear(c.hidden_size, 2)
         self.matching = MatchingHead(c.hidden_size, c.matching_layers, c.matching_heads, c.head_dropout)
         self.alignment = AlignmentHead(c.aggregation, c.drop_first_region, c.drop_last_word, c.clamp)
+        self._add_variant(c)
         self.freeze_backbone = False
         self.post_init()
+
+    def _add_variant(self, c):
+        def extra(layers): return TransformerLayers(c.hidden_size, layers, c.matching_heads, c.head_dropout)
+        kinds = {c.depth_alignment, c.depth_matching} - {"none"}
+        if kinds: self.depth = GatedDepth(c.hidden_size, c.matching_heads, c.head_dropout) if "gated" in kinds else MeanDepth()
+        if c.depth_alignment != "none": self.fusion = DepthFusion(c.hidden_size, c.head_dropout)
+        if c.post_layers: self.post_layers = extra(c.post_layers)
+        if c.alignment_layers: self.alignment_layers = nn.ModuleList(extra(c.alignment_layers) for _ in range(1 + c.separate_streams))
 
     def train(self, mode=True):
         "As in torch, but a frozen backbone stays in evaluation mode: a teacher without dropout's noise."
@@ -104,8 +123,22 @@ class AladinModel(PreTrainedModel):
         if self.freeze_backbone: self.backbone.eval()
         return self
 
-    def _encode(self, hidden, sets, matching, alignment):
-        return Encoded(self.matching(hidden) if matching else None, sets(hidden) if alignment else None)
+    def reads_all_layers(self,
+        matching:bool, # is the matching vector wanted?
+    )->bool:
+        "Whether depth aggregation needs the states of every layer."
+        return self.config.depth_alignment != "none" or matching and self.config.depth_matching != "none"
+
+    def _encode(self, states, stream, sets, matching, alignment):
+        "Both heads on the backbone's layers, or on its last one alone; stream 0: captions, -1: images."
+        c,fine,depth = self.config,states[-1],None
+        if c.depth_alignment != "none": fine = self.fusion(self.depth(states[:-1]), fine)
+        coarse = fine
+        if matching and c.depth_matching != "none":
+            depth = [*states, self.post_layers(fine)] if c.post_layers else states
+            coarse = self.depth(depth)
+        if alignment and c.alignment_layers: fine = self.alignment_layers[stream](fine)
+        return Encoded(self.matching(coarse) if matching else None, sets(fine) if alignment else None, depth)
 
     def encode_images(self,
         images:ImageBatch, # tags and regions
@@ -114,8 +147,9 @@ class AladinModel(PreTrainedModel):
     )->Encoded:
         "Encode images; nothing of any caption is seen."
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            hidden = self.backbone.regions_of(self.backbone.encode_images(images), images)
-        return self._encode(hidden, self.alignment.region_set, matching, alignment)
+            states = self.backbone.encode_images(images, every := self.reads_all_layers(matching))
+            states = [self.backbone.regions_of(o, images) for o in (states if every else [states])]
+        return self._encode(states, -1, self.alignment.region_set, matching, alignment)
 
     def encode_captions(self,
         tokens:Ragged, # word pieces, int64 [total tokens]
@@ -124,8 +158,8 @@ class AladinModel(PreTrainedModel):
     )->Encoded:
         "Encode captions; nothing of any image is seen."
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            hidden = self.backbone.encode_captions(tokens)
-        return self._encode(hidden, self.alignment.word_set, matching, alignment)
+            states = self.backbone.encode_captions(tokens, every := self.reads_all_layers(matching))
+        return self._encode(states if every else [states], 0, self.alignment.word_set, matching, alignment)
 
     def forward(self,
         images:ImageBatch, # tags and regions
@@ -136,7 +170,9 @@ class AladinModel(PreTrainedModel):
         return self.alignment(i.sets, c.sets), i.matching @ c.matching.T
 
 # %% ../nbs/08_model.ipynb #ca4fb456
-_PREFIXES = (("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."))
+_PREFIXES = (("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."),
+             ("img_txt_enc.depth_aggregator_model_alignment.", "depth."), ("img_txt_enc.depth_aggregator_model_matching.", "depth."), ("img_txt_enc.feature_fusion.", "fusion."),
+             ("img_txt_enc.post_oscar_transformer.", "post_layers."), ("img_txt_enc.transformer_encoder_1.", "alignment_layers.0."), ("img_txt_enc.transformer_encoder_2.", "alignment_layers.1."))
 _UNUSED = ("img_txt_enc.img_proj.", "img_txt_enc.cap_proj.", "distillation_loss.")
 
 def original_name(
@@ -180,7 +216,7 @@ def _original_config(oscar_dir, checkpoint, path):
         if hasattr(options, theirs): c[ours] = getattr(options, theirs)
     if "config" in checkpoint:
         m = config_from_authors(checkpoint["config"], path).model
-        c |= dict(matching_layers=m.matching_layers, head_dropout=m.dropout, aggregation=m.aggregation)
+        c |= dict(matching_layers=m.matching_layers, head_dropout=m.dropout, aggregation=m.aggregation, **_variant(m))
     return AladinConfig(**c)
 
 def _check_tags_used(oscar_dir):
@@ -253,7 +289,8 @@ def save_model(
 
 # %% ../nbs/08_model.ipynb #d2528fd2
 _TEACHER_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "region_dim", "region_layer_norm",
-                 "aggregation", "drop_first_region", "drop_last_word", "clamp", "max_tokens", "max_tags", "max_regions")
+                 "aggregation", "drop_first_region", "drop_last_word", "clamp", "max_tokens", "max_tags", "max_regions", "depth_alignment", "alignment_layers", "separate_streams")
+_STUDENTS_OWN = ("matching.", "depth.", "post_layers.") # what a teacher may lack
 
 def start_from_teacher(
     model:AladinModel, # a new student
@@ -267,6 +304,6 @@ def start_from_teacher(
     if (Path(teacher)/"vocab.txt").read_bytes() != vocabulary.read_bytes(): raise InputError(Path(teacher)/"vocab.txt", "teacher", f"the vocabulary {vocabulary}", "another one", "use a teacher of the same prepared data")
     weights = {n: t for n,t in source.state_dict().items() if not n.startswith("matching.")}
     info = model.load_state_dict(weights, strict=False)
-    wrong = [n for n in info.missing_keys if not n.startswith("matching.")] + list(info.unexpected_keys)
+    wrong = [n for n in info.missing_keys if not n.startswith(_STUDENTS_OWN)] + list(info.unexpected_keys)
     if wrong: raise InputError(Path(teacher)/"model.safetensors", "tensors", "those of the student", ", ".join(wrong[:5]), "train the teacher anew")
     return dict(taken=sorted(weights), left=sorted(info.missing_keys))

@@ -71,7 +71,8 @@ def batch_losses(
     of_pair = torch.as_tensor(of_pair, device=device)
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
-    return criterion(alignment, matching, captions.matching, epoch, step)
+    depth = [[o.values for o in side.depth] for side in (images, captions)] if "hidden_l1" in terms else ()
+    return criterion(alignment, matching, captions.matching, epoch, step, depth)
 
 # %% ../nbs/09_training.ipynb #6e65eb88
 FROZEN_LIMIT = 8 * 2**30 # bytes that the states of a frozen backbone may take
@@ -94,15 +95,16 @@ class FrozenStates:
         self._captions = states("frozen captions", len(data), lambda rows: backbone.encode_captions(data.caption_batch(rows).to(device)))
 
     def _of(self, states, rows): return states[torch.as_tensor(rows)].to(next(self.model.parameters()).device)
-    def images(self, rows, **need): return self.model._encode(self._of(self._images, rows), self.model.alignment.region_set, **need)
-    def captions(self, rows, **need): return self.model._encode(self._of(self._captions, rows), self.model.alignment.word_set, **need)
+    def images(self, rows, **need): return self.model._encode([self._of(self._images, rows)], -1, self.model.alignment.region_set, **need)
+    def captions(self, rows, **need): return self.model._encode([self._of(self._captions, rows)], 0, self.model.alignment.word_set, **need)
 
 def frozen_states(
     model:AladinModel, # with a frozen backbone
     data:RetrievalSet, # training split
     progress:bool=True, # show progress bars
 )->FrozenStates|None: # None where they would not fit
-    "The states of a split, if they take less than `FROZEN_LIMIT`."
+    "The states of a split, if they take less than `FROZEN_LIMIT` and only those of the last layer are read."
+    if model.reads_all_layers(True): return None
     rows = sum(map(len, data.caption_tokens)) + sum(min(data.regions.num_regions(i), data.settings.max_regions) for i in data.image_ids)
     return FrozenStates(model, data, progress=progress) if rows*model.config.hidden_size*4 <= FROZEN_LIMIT else None
 

@@ -239,7 +239,7 @@ def test_value_that_does_not_fit(values, names): fails(lambda: config_from_dict(
 
 
 def test_variant_of_the_authors_that_is_not_built():
-    fails(lambda: config_from_authors(dict(model={"teran-layers": 2}), "theirs.yaml"), "theirs.yaml", "model.teran-layers", "2")
+    fails(lambda: config_from_authors(dict(model={"depth-aggregation-matching": "transformer"}), "theirs.yaml"), "theirs.yaml", "model.depth-aggregation-matching", "transformer")
 
 
 @pytest.mark.parametrize("content, found", [(None, "nothing there"), ("loss: [", "YAML")], ids=["missing", "broken"])

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from aladin.backbone import Layout
 from aladin.config import DataSettings, LossSettings, config_from_authors
 from aladin.data import Ragged, load_tokenizer, load_torch_file, open_split, tokenize
 from aladin.embeddings import encode_split, score_matrix
 from aladin.evaluation import image_to_text_ranks, rank_metrics, retrieval_metrics, text_to_image_ranks
 from aladin.heads import AlignmentHead, aggregate, alignment_scores
-from aladin.losses import Criterion, DistillationLoss, entropy_loss, similarity, triplet_loss
+from aladin.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
 from aladin.model import AladinModel, original_name
 from aladin.training import batch_losses, clip_gradients, learning_rate, make_optimizer
 
@@ -559,9 +560,9 @@ def base_config():
 def changed(config, group, **values): return replace(config, **{group: replace(getattr(config, group), **values)})
 
 
-def ready_to_train(config):
-    "The checkpoint's weights in training mode without dropout, and the configuration's criterion."
-    own,c = copy.deepcopy(model()),config.model
+def ready_to_train(config, of=model):
+    "A model's weights in training mode without dropout, and the configuration's criterion."
+    own,c = copy.deepcopy(of()),config.model
     own.alignment.aggregation,own.freeze_backbone = c.aggregation,c.freeze_backbone
     own.config.attention_probs_dropout_prob = 0.0
     for o in own.modules():
@@ -711,3 +712,122 @@ def test_three_steps_final_state():
         for a,b,c in zip(*parts):
             distance,moved = (b-c).double().norm(),(c-a).double().norm()
             assert distance <= 1e-2*moved, f"{ours}: {distance:.3g} off after an update of {moved:.3g}"
+
+
+# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's additional ones
+
+variants = sorted(o.name.removeprefix("variant_").removesuffix("_config.json") for o in (v1/"expected").glob("variant_*_config.json"))
+
+
+@cache
+def variant_config(name): return authors_config(v1/"expected"/f"variant_{name}_config.json")
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    "A variant's model, read from a checkpoint as the reference would have written it."
+    @cache
+    def load(name):
+        saved = load_torch_file(checkpoints[0], allow=(Namespace,))
+        saved["model"].update(load_torch_file(v1/"expected"/"variants_state.pt")[name])
+        saved["config"] = recorded_json(f"variant_{name}_config")
+        torch.save(saved, path := tmp_path_factory.mktemp("variant")/f"{name}.pth.tar")
+        return AladinModel.from_original(path, v1/"oscar_ckpt")
+    return load
+
+
+def padded_states(side):
+    "What the reference aggregates of a side: hidden states of its rows and of the padding [layers, items, positions, dim], and the mask."
+    start = arrays("forward")["img_input_ids"].shape[1] if side == "img" else 0
+    return tensor("forward", f"{mask_side[side]}_hidden_states")[:, :, start:], tensor("forward", f"{side}_attention_mask").bool()[:, start:]
+
+
+mask_side = {v: k for k,v in mask_of.items()}
+
+
+def masked_layout(mask):
+    "All positions as rows, those outside the mask [sequences, positions] unseen."
+    layout = Layout(torch.full((len(mask),), mask.shape[1]))
+    layout.mask = mask[:, None, None]
+    return layout
+
+
+def gated_like_reference(own, side):
+    "The gated sum by the reference's padded states, in which layer l of item i has the mask of item (l*items + i) // layers."
+    states,mask = padded_states(side)
+    if own.config.depth_alignment != "none": states = states[:-1]
+    if own.config.post_layers:
+        rows = states[-1].flatten(0, 1)
+        for layer in own.post_layers.layers: rows = layer(rows, masked_layout(mask))
+        states = torch.cat([states, rows.view_as(states[:1])])
+    rows = states.flatten(1, 2)
+    out = (own.depth.gates(rows, masked_layout(mask.repeat_interleave(len(states), 0)))*rows).sum(0)
+    return Ragged(out[mask.flatten()], mask.sum(1))
+
+
+def encode_like_reference(own, side, whole_sets=False):
+    "The batch by the package, but for the gates' misplaced masks."
+    def normalised(hidden): return Ragged(F.normalize(hidden.values, dim=-1), hidden.lengths)
+    own = copy.deepcopy(own)
+    if whole_sets: own.alignment.region_set = own.alignment.word_set = normalised
+    if "gated" in (own.config.depth_alignment, own.config.depth_matching): own.depth.forward = lambda states: gated_like_reference(own, side)
+    images,captions = forward_inputs()
+    with torch.no_grad(): return own.encode_images(images) if side == "img" else own.encode_captions(captions)
+
+
+@pytest.mark.parametrize("side", ["img", "cap"])
+@pytest.mark.parametrize("name", variants)
+def test_variant_embeddings_and_sets(variant, name, side):
+    encoded = encode_like_reference(variant(name), side, whole_sets=True)
+    close(encoded.matching, arrays("variants")[f"{name}/{side}_emb"], atol=1e-5)
+    recorded = tensor("variants", f"{name}/{side}_set").transpose(0, 1)
+    close(encoded.sets.values, recorded[encoded.sets.mask(recorded.shape[1])], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants)
+def test_variant_losses(variant, name):
+    "Distillation, alignment and matching by the package's encoding; the L1 over the reference's rows, padding among them."
+    own,criterion = ready_to_train(variant_config(name), lambda: variant(name))
+    images,captions = (encode_like_reference(own, o) for o in ("img", "cap"))
+    states = [list(padded_states(o)[0].flatten(1, 2)) for o in ("img", "cap")]
+    total,losses = criterion(own.alignment(images.sets, captions.sets), images.matching, captions.matching, depth=states)
+    close(total, arrays("variants")[f"{name}/total"], rtol=1e-5)
+    theirs = {"hidden_l1" if o == "regularizehidden" else o: o for o in names("variants", rf"{name}/loss_(.+)")}
+    assert set(losses) == set(theirs)
+    for term,loss in losses.items(): close(loss, arrays("variants")[f"{name}/loss_{theirs[term]}"], rtol=1e-5, what=term)
+    l1 = hidden_l1(*states) if "hidden_l1" in losses else 0
+    close(l1, arrays("variants")[f"{name}/l1_reg"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [o for o in variants if "gated" in (variant_config(o).model.depth_alignment, variant_config(o).model.depth_matching)])
+def test_gates_see_their_own_item_only(variant, name):
+    "Unlike the reference's, an item's embedding is the same alone and in a batch."
+    captions = forward_inputs()[1]
+    with torch.no_grad():
+        together = variant(name).encode_captions(captions)
+        for i,tokens in enumerate(captions):
+            alone = variant(name).encode_captions(Ragged.stack([tokens]))
+            close(alone.matching[0], together.matching[i], atol=1e-5)
+            close(alone.sets.values, together.sets[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", variants)
+def test_variant_trains(variant, name):
+    "Every weight of the variant gets a gradient from the package's own encoding, and finite losses."
+    config = variant_config(name)
+    own,criterion = ready_to_train(config, lambda: variant(name))
+    total,losses = batch_losses(own, criterion, split_data("train"), arrays("forward")["index"])
+    total.backward()
+    assert total.isfinite().all() and list(losses) == config.loss.terms
+    additional = [original_name(o) for o in load_torch_file(v1/"expected"/"variants_state.pt")[name]]
+    gradients = {k: o.grad for k,o in own.named_parameters()}
+    for o in additional: assert gradients[o] is not None and gradients[o].isfinite().all(), o
+
+
+@pytest.mark.parametrize("name", variants)
+def test_variant_encodes_a_split(variant, name):
+    data = split_data(full_splits[0])
+    e = encode_split(variant(name), data, progress=False)
+    encoded = variant(name).encode_captions(data.caption_batch([0]))
+    close(e.caption_matching[0], encoded.matching[0], atol=1e-5)
+    close(e.words[0], encoded.sets[0], atol=1e-5)
