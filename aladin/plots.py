@@ -292,6 +292,6 @@ def plot_efficiency(
     ax.set(xscale="log", xlabel="milliseconds to score and rank a caption against all test images", ylabel="t2i R@1 + R@5 + R@10")
     ax.margins(x=.35, y=.15)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     plt.close(figure)
     return figure
