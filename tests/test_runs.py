@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,15 @@ def test_done_is_not_done_again(results):
     before = stamps(results, "training.json"), stamps(results, "metrics.json")
     run(results.parent)
     assert before == (stamps(results, "training.json"), stamps(results, "metrics.json"))
+
+
+def test_a_checkout_with_results_but_no_models_makes_them(results, tmp_path):
+    "What git keeps of results/ is not taken for done."
+    folder = tmp_path/"scenes-tiny"
+    shutil.copytree(results, folder, ignore=shutil.ignore_patterns("model", "data", "scenes", "embeddings.safetensors", ".snakemake", "graph.json"))
+    assert (folder/"table.md").exists() and (folder/TEACHER/"metrics.json").exists()
+    run(tmp_path)
+    assert (folder/STUDENT/"model"/"model.safetensors").exists() and metrics_of(folder) == metrics_of(results)
 
 
 def changed_settings(path, **student):
