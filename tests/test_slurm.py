@@ -48,8 +48,8 @@ if name == "sbatch":
 elif name == "srun":
     while words[0][0] == "-": words.pop(0)
     os.execvp(words[0], words)
-elif name == "squeue": # answers when a job ends, so that nobody waits for the next question
-    before, until = states(), time.time()+20
+elif name == "squeue": # answers when a job ends, so that nobody waits for the next question; at once when asked so
+    before, until = states(), time.time()+(0 if "AT_ONCE" in os.environ else 20)
     while "RUNNING" in before.values() and states() == before and time.time() < until: time.sleep(0.1)
     for job, state in states().items(): print(f"{job}|{state}")
 elif name == "scancel":
@@ -112,7 +112,7 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     assert "FloatingPointError" in next((folder/".snakemake"/"slurm_logs").rglob("2.log")).read_text()
 
     code = f"from aladin.graph import run_results; run_results({str(out)!r}, profile={profile!r}, settings={settings!r}, **{STUDY!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(folder.rglob("seed-1.train-*.part")))
     process.send_signal(signal.SIGKILL)
     process.wait()
