@@ -12,7 +12,6 @@ import yaml
 
 from aladin.config import InputError, RunFailed
 from aladin.graph import experiments_dir, run_results
-from test_runs import changed_settings
 
 RUN = "alad-alignment-triplet/seed-1"
 PROFILE = experiments_dir()/"profiles"/"slurm"
@@ -39,7 +38,7 @@ if name == "sbatch":
         os.setsid()
         with open(value["--output"].replace("%j", str(number)), "w") as out:
             job = subprocess.Popen(["sh", "-c", value["--wrap"]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=value["-D"], env=os.environ | dict(SLURM_JOB_ID=str(number)), start_new_session=True)
-            os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+            for stream in (1, 2): os.dup2(out.fileno(), stream) # the plugin waits for their end
             (queue/str(number)/"process").write_text(str(job.pid))
             status = job.wait()
         if str(number) in states() and states()[str(number)] == "RUNNING": end(str(number), "FAILED" if status else "COMPLETED")
@@ -102,16 +101,15 @@ def wait_for(what, seconds=60):
 def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     "A failed job, a killed coordinator whose jobs are cancelled, then the whole."
     out, folder = tmp_path/"results", tmp_path/"results"/"scenes-tiny"
-    settings = changed_settings(tmp_path/"s.yaml")
+    broken = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    broken["all"]["training"] |= dict(lr=1e30, grad_clip=0.0)
+    (tmp_path/"broken.yaml").write_text(yaml.safe_dump(broken))
     with pytest.raises(RunFailed, match=f"{RUN}/train.failed.ipynb"):
-        broken = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
-        broken["all"]["training"] |= dict(lr=1e30, grad_clip=0.0)
-        (tmp_path/"broken.yaml").write_text(yaml.safe_dump(broken))
         run_results(out, profile=profile, say=lambda line: None, settings=str(tmp_path/"broken.yaml"), **STUDY)
     assert slurm.stages() == ["prepare", "train"] and slurm.states() == {"1": "COMPLETED", "2": "FAILED"}
     assert "FloatingPointError" in next((folder/".snakemake"/"slurm_logs").rglob("2.log")).read_text()
 
-    code = f"from aladin.graph import run_results; run_results({str(out)!r}, profile={profile!r}, settings={settings!r}, **{STUDY!r})"
+    code = f"from aladin.graph import run_results; run_results({str(out)!r}, profile={profile!r}, **{STUDY!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(folder.rglob("seed-1.train-*.part")))
     process.send_signal(signal.SIGKILL)
@@ -119,7 +117,7 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     wait_for(lambda: slurm.states().get("3") == "CANCELLED" and not list((folder/".snakemake"/"locks").glob("*")))
     assert not (folder/RUN/"training.json").exists()
 
-    table = run_results(out, profile=profile, say=lambda line: None, settings=settings, **STUDY)
+    table = run_results(out, profile=profile, say=lambda line: None, **STUDY)
     assert len(table) == 1 and len(pd.read_csv(folder/"table.csv")) == 1 and json.loads((folder/RUN/"metrics.json").read_text())["seed"] == 1
     assert slurm.stages() == ["prepare", "train", "train", "train", "evaluate", "attention", "report"]
     assert set(slurm.states().values()) == {"COMPLETED", "FAILED", "CANCELLED"} and len(slurm.states()) == 7
