@@ -164,7 +164,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--pictures", metavar="DIR", help="folder with the pictures, for the attention figures (default: the data folder)")
     p.add_argument("--configuration", action="append", metavar="NAME", help="only this configuration, by name or YAML file (may be repeated)")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="train every configuration with N seeds, counted up from the first (default: 1)")
-    p.add_argument("--jobs", type=int, metavar="N", help="processor cores to use (default: all)")
+    p.add_argument("--jobs", type=int, metavar="N", help="processor cores to use (default: all); with --profile, jobs at a time (default: the profile's)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="processor threads of one run (default: 1)")
     p.add_argument("--profile", metavar="DIR", help="Snakemake profile, such as nbs/experiments/profiles/slurm")
     p.add_argument("--force", action="store_true", help="redo what is already there")

@@ -220,15 +220,28 @@ def run_stage(
     return done
 
 # %% ../nbs/17_graph.ipynb #d1e5c622
-def _snakemake(graph, jobs, *options):
-    "Run Snakemake on the study; its exit status."
+def _snakemake(graph, jobs, *options, profile=None):
+    "Run Snakemake on the study; its exit status. When we end it is killed; with a profile it is interrupted, and cancels what it submitted."
     folder = Path(graph["folder"]).resolve()
-    command = [sys.executable, "-m", "snakemake", "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", "--cores", jobs, *options]
-    return subprocess.run([str(o) for o in command], preexec_fn=lambda: end_with_parent(signal.SIGKILL)).returncode
+    command = [sys.executable, "-m", "snakemake", "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
+    command += [*(["--profile", profile] if profile else []), *(["--jobs" if profile else "--cores", jobs] if jobs else [])]
+    def begin():
+        if profile: signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's & had it ignored
+        end_with_parent(signal.SIGINT if profile else signal.SIGKILL)
+    process = subprocess.Popen([str(o) for o in command], preexec_fn=begin)
+    try: return process.wait()
+    except KeyboardInterrupt: # which it got too
+        if not profile: process.kill()
+        process.wait()
+        raise
+
+def _clear(folder):
+    "Remove what killed stages have left."
+    for part in folder.rglob("*.part"): shutil.rmtree(part, ignore_errors=True)
 
 def run_results(
     out="results", # where results/<name> is written
-    jobs:int|None=None, # processor cores to use, one for each thread of a run; all when not given
+    jobs:int|None=None, # processor cores to use, one for each thread of a run; all when not given. With a profile: jobs at a time, as it says when not given
     force:bool=False, # make everything again
     profile=None, # a Snakemake profile: nbs/experiments/profiles/slurm sends the runs to a cluster
     say=print, # where progress is told
@@ -236,14 +249,16 @@ def run_results(
 ): # the results table, a DataFrame
     "Prepare, train, evaluate, show and report every configuration; what is there and up to date is kept. Raises `RunFailed` naming the runs that failed."
     graph,start = describe(out, **study),time.perf_counter()
-    folder,jobs = Path(graph["folder"]).resolve(),jobs or os.cpu_count() or 1
+    folder = Path(graph["folder"]).resolve()
+    if profile and not Path(profile).exists(): raise InputError(profile, "profile", "a folder with config.yaml", "nothing there", "take nbs/experiments/profiles/slurm")
     write_json(folder/"graph.json", graph)
-    for part in folder.rglob("*.part"): shutil.rmtree(part, ignore_errors=True)
-    if any((folder/".snakemake"/"locks").glob("*")): _snakemake(graph, jobs, "--unlock", "--quiet", "all") # left by a killed call
+    if not profile: _clear(folder) # on a cluster a part may be that of a job that still runs
+    if any((folder/".snakemake"/"locks").glob("*")): _snakemake(graph, 1, "--unlock", "--quiet", "all") # left by a killed call
     options = ["--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
-    status = _snakemake(graph, jobs, *options, *(["--forceall"] if force else []), *(["--profile", profile] if profile else []))
+    status = _snakemake(graph, jobs or (None if profile else os.cpu_count() or 1), *options, *(["--forceall"] if force else []), profile=profile)
     failed = sorted(str(Path(graph["folder"])/p.relative_to(folder)) for p in folder.rglob("*.failed.ipynb"))
     if status: raise RunFailed(f"{graph['name']}: {len(failed)} failed, all that does not depend on them is done; see " + (", ".join(failed) or f"{folder/'.snakemake'/'log'}"))
+    _clear(folder)
     say(f"{graph['name']}: done in {time.perf_counter()-start:.0f} s; see {graph['folder']}/table.md")
     import pandas as pd
     return pd.read_csv(folder/"table.csv")
