@@ -150,6 +150,7 @@ class TrainingSettings:
     validate_every:int = 1000 # steps between validations on minival
     pretrain_steps:int = 0 # steps of attribute and masked-word prediction before training, where no pre-trained backbone exists
     pretrain_lr:float = 1e-3 # learning rate of these
+    pretrain_losses:list = field(default_factory=lambda: ["words", "regions", "contrast"]) # any of these; contrast alone suits a backbone that starts from a text model
     max_steps:int = 0 # end after so many steps; 0: after the epochs
     thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)
 
@@ -215,6 +216,9 @@ def _check(config, path):
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)
     for term in loss.terms: _check_type(path, "loss.terms", Term, term)
+    tasks = config.training.pretrain_losses
+    if not tasks or len(set(tasks)) < len(tasks): refuse("training.pretrain_losses", "one or more different losses", tasks)
+    for task in tasks: _check_type(path, "training.pretrain_losses", Literal["words", "regions", "contrast"], task)
     _check_variants(model, loss.terms, refuse)
     if model.freeze_backbone and loss.terms == ["alignment"] and not model.alignment_layers and model.depth_alignment == "none":
         refuse("model.freeze_backbone", "false for a loss of the alignment head, which has no weights of its own", "true")

@@ -211,10 +211,10 @@ class PretrainingHead(nn.Module):
 def pretrain(
     model:AladinModel, # its backbone is trained in place
     data:RetrievalSet, # training split
-    settings:TrainingSettings, # pretrain_steps, pretrain_lr, batch_size, grad_clip
+    settings:TrainingSettings, # pretrain_steps, pretrain_lr, pretrain_losses, batch_size, grad_clip
     seed:int, # fixes order and masks
     progress:bool=True, # show a progress bar
-)->pd.DataFrame: # step, words, regions, contrast: the three losses
+)->pd.DataFrame: # step and a column for each of pretrain_losses
     "Train the backbone on hidden words, on words in regions and on telling true pairs: a stand-in for VinVL's pre-training."
     head = PretrainingHead(model, data, thinning=Thinning(settings.thinning, seed)).to(next(model.parameters()).device)
     optimizer,generator = torch.optim.Adam(head.parameters(), lr=settings.pretrain_lr, fused=True),torch.Generator().manual_seed(seed)
@@ -226,7 +226,8 @@ def pretrain(
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
         images = data.caption_image[rows]
         sets = head.region_states(images)
-        losses = dict(words=head.words_loss(rows, generator), regions=head.regions_loss(sets, images), contrast=head.contrast_loss(sets, rows))
+        tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows))
+        losses = {name: tasks[name]() for name in settings.pretrain_losses}
         total = sum(losses.values())
         optimizer.zero_grad()
         if not torch.isfinite(total): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
