@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image, UnidentifiedImageError
@@ -284,14 +285,15 @@ def plot_efficiency(
     "Text-to-image recall over the seconds of a query, one point a configuration and head, mean of its seeds."
     rows = pd.DataFrame([dict(configuration=r["configuration"], head=h, milliseconds=1000*m["seconds"]/r["captions"], rsum=sum(m["t2i"][f"r{k}"] for k in (1, 5, 10))) for r in runs for h,m in r["heads"].items()])
     points = rows.groupby(["configuration", "head"], as_index=False).mean()
-    figure,ax = plt.subplots(figsize=(6.4, 3.6), dpi=80, layout="constrained")
-    for head,group in points.groupby("head"):
-        colour,marker,_ = _HEADS[head]
-        ax.scatter(group["milliseconds"], group["rsum"], color=colour, marker=marker, label=head)
-    for _,o in points.iterrows(): ax.annotate(o["configuration"].removeprefix("alad-"), (o["milliseconds"], o["rsum"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    names = list(dict.fromkeys(points["configuration"]))
+    figure,ax = plt.subplots(figsize=(6.4, 3.4 + .2*len(names)), dpi=80, layout="constrained")
+    for number,(name,group) in enumerate(points.groupby("configuration", sort=False)):
+        for _,o in group.iterrows(): ax.scatter(o["milliseconds"], o["rsum"], s=60, color=f"C{number}", alpha=.8, marker=_HEADS[o["head"]][1])
+    keys = [Line2D([], [], ls="", marker=_HEADS[h][1], color="0.4", label=f"{h} head") for h in points["head"].unique()]
+    keys += [Line2D([], [], ls="", marker="D", ms=5, color=f"C{number}", label=name) for number,name in enumerate(names)]
     ax.set(xscale="log", xlabel="milliseconds to score and rank a caption against all test images", ylabel="t2i R@1 + R@5 + R@10")
-    ax.margins(x=.35, y=.15)
+    ax.margins(x=.15, y=.15)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.legend(handles=keys, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     plt.close(figure)
     return figure
