@@ -62,4 +62,4 @@ def test_manifest_loads(name):
     assert paths and len(paths) == len(set(paths))
 
 
-def test_manifests_that_the_package_names(): assert {"scenes", "flickr8k", "flickr8k_source", "coco_ir", "vinvl_coco_features", "vinvl_base", "aladin_best"} <= set(list_manifests())
+def test_manifests_that_the_package_names(): assert {"scenes", "flickr8k", "flickr8k_source", "coco_ir", "vinvl_coco_features", "vinvl_base", "aladin_best", "all_minilm_l6_v2"} <= set(list_manifests())
