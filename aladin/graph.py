@@ -82,7 +82,7 @@ def run_notebook(
     folder.mkdir(parents=True, exist_ok=True)
     part,target = folder/f".{name}.part.ipynb",folder/f"{name}.ipynb"
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=40"])
+    try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=50"])
     except papermill.PapermillExecutionError as e:
         os.replace(part, failed := folder/f"{name}.failed.ipynb")
         raise RunFailed(f"{failed}: cell {e.exec_count} failed with {e.ename}: {e.evalue}") from None
@@ -123,7 +123,7 @@ def _pretraining(config):
     "The name of the pre-training that a configuration starts from: the same for all that would pre-train alike."
     if not config.training.pretrain_steps: return ""
     model = {k: v for k,v in config_to_dict(config)["model"].items() if k not in ("matching_layers", "freeze_backbone")}
-    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "batch_size", "grad_clip", "thinning")}
+    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "pretrain_images", "pretrain_captions", "batch_size", "grad_clip", "thinning")}
     return f"pretraining-{_digest(model, config_to_dict(config)['data'], training)[:6]}/seed-{config.seed}"
 
 def describe(

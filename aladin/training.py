@@ -198,20 +198,31 @@ class PretrainingHead(nn.Module):
 
     def contrast_loss(self,
         sets:Ragged, # from `region_states`
-        rows, # caption numbers, one for each image of `sets`
+        rows, # caption numbers
+        owner:Tensor, # row of each caption's image in `sets`, [captions]
         scale:float=4.0, # factor of the alignment scores
     )->Tensor: # scalar
-        "InfoNCE of the alignment scores over the batch, mean of both directions (van den Oord et al. 2018)."
+        "InfoNCE of the alignment scores over the batch, mean of both directions (van den Oord et al. 2018); an image's own captions count as one."
         model,tokens = self.model,self.thinning.captions(self.data.caption_batch(rows)).to(self.words.device)
         words = model.alignment.word_set(model.backbone.encode_captions(tokens))
         scores = scale*model.alignment(model.alignment.region_set(sets), words)
-        target = torch.arange(len(rows), device=scores.device)
-        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))/2
+        owner = owner.to(scores.device)
+        own = scores.masked_fill(owner != torch.arange(len(scores), device=scores.device)[:, None], -torch.inf)
+        return ((scores.logsumexp(1) - own.logsumexp(1)).mean() + F.cross_entropy(scores.T, owner))/2
+
+    def captions_for(self,
+        rows, # caption numbers of different images
+        count:int, # how many captions an image
+    )->tuple: # caption numbers, and for each the position of its image in `rows`, int64 [captions]
+        "Each caption with the next ones of its image, in the data's order and round."
+        own = [self.captions_of[self.data.caption_image[r]] for r in rows]
+        chosen = [np.roll(o, -int(np.flatnonzero(o == r)[0]))[:count] for o,r in zip(own, rows)]
+        return np.concatenate(chosen), torch.as_tensor(np.repeat(np.arange(len(rows)), [len(c) for c in chosen]))
 
 def pretrain(
     model:AladinModel, # its backbone is trained in place
     data:RetrievalSet, # training split
-    settings:TrainingSettings, # pretrain_steps, pretrain_lr, pretrain_losses, batch_size, grad_clip
+    settings:TrainingSettings, # what begins with pretrain, batch_size, grad_clip, thinning
     seed:int, # fixes order and masks
     progress:bool=True, # show a progress bar
 )->pd.DataFrame: # step and a column for each of pretrain_losses
@@ -221,12 +232,13 @@ def pretrain(
     model.train()
     log,epoch,batches = [],0,[]
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
-        if not batches: batches,epoch = training_batches(data.caption_image, settings.batch_size, seed+1, epoch, allow_siblings=False),epoch+1
-        rows = batches.pop()
+        if not batches: batches,epoch = training_batches(data.caption_image, settings.pretrain_images or settings.batch_size, seed+1, epoch, allow_siblings=False),epoch+1
+        first = batches.pop()
+        rows,owner = head.captions_for(first, settings.pretrain_captions)
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
-        images = data.caption_image[rows]
+        images = data.caption_image[first]
         sets = head.region_states(images)
-        tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows))
+        tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows, owner))
         losses = {name: tasks[name]() for name in settings.pretrain_losses}
         total = sum(losses.values())
         optimizer.zero_grad()
