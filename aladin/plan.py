@@ -21,7 +21,7 @@ from .embeddings import encode_split
 from .evaluation import evaluate_embeddings
 from .experiments import _vocabulary_lines, needs_teacher
 from .graph import experiment_config
-from .model import AladinConfig, AladinModel, load_model, start_from_text_model
+from .model import AladinConfig, AladinModel, load_model, start_from_teacher, start_from_text_model
 from .regions import TsvFile, open_regions, read_detections
 from .training import pretrain, set_seed, train, trained_heads
 
@@ -220,14 +220,19 @@ def _check_config(name, settings, seed, found):
     return config
 
 def _tokenizer(data, vocabulary, regions, found, stack):
-    "The vocabulary asked for, the data's own, or the one that would be made; and what to call it."
+    "The vocabulary asked for, the data's own, or the one that would be made; its file; and what to call it."
     source = Path(vocabulary or Path(data)/"vocab.txt")
-    if vocabulary or source.exists(): return found.attempt(load_tokenizer, source),str(source)
-    if regions is None: return None,"not known"
+    if vocabulary or source.exists(): return found.attempt(load_tokenizer, source),source/"vocab.txt" if source.is_dir() else source,str(source)
+    if regions is None: return None,None,"not known"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     lines = found.attempt(_vocabulary_lines, data, None, regions)
     if lines: (folder/"vocab.txt").write_text(lines, encoding="utf-8")
-    return load_tokenizer(folder) if lines else None,"made from the training captions"
+    return load_tokenizer(folder) if lines else None,folder/"vocab.txt","made from the training captions"
+
+def _check_teacher(teacher, config, regions, tokenizer, vocabulary, found):
+    "Whether a student could start from it: geometry, tags, vocabulary and tensors."
+    if not config or regions is None or not tokenizer: found.attempt(load_model, teacher)
+    else: found.attempt(lambda: start_from_teacher(AladinModel(AladinConfig.from_settings(config.model, config.data, len(tokenizer), regions.dim)), teacher, vocabulary))
 
 def _measured(config, captions, regions, tokenizer, counts, steps, found):
     "What `measure` tells, where there is enough to measure with."
@@ -254,13 +259,13 @@ def plan(
     found,data = Findings(),Path(data)
     config = _check_config(configuration, settings, seed, found)
     if config and needs_teacher(config) and not teacher: found.problem(InputError(config.name, "teacher", "the model folder of a trained alignment head", "none", "name it with --teacher"))
-    if teacher: found.attempt(load_model, teacher)
     if not data.is_dir(): return Plan([], found.problems + [str(InputError(data, "data folder", "a folder in the COCO-IR layout", "nothing there", "check the path"))])
     captions = check_captions(data, found)
     source = Path(features) if features else data/"regions" if (data/"regions").is_dir() else data
     regions,counts = check_regions(source, captions, found)
     with ExitStack() as stack:
-        tokenizer,vocabulary = _tokenizer(data, vocabulary, regions, found, stack)
+        tokenizer,file,vocabulary = _tokenizer(data, vocabulary, regions, found, stack)
+        if teacher: _check_teacher(teacher, config, regions, tokenizer, file, found)
         m = _measured(config, captions, regions, tokenizer, counts, steps, found)
     prepared = (data/"prepared.json").exists()
     needs = _disk_needs(regions, counts, prepared, m, len(captions.get("test", {})), getattr(regions, "dtype", "float32"))

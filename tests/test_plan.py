@@ -3,10 +3,15 @@ import base64, json, shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from aladin.cli import main
+from aladin.data import load_tokenizer
 from aladin.experiments import prepare_data
+from aladin.graph import experiment_config, experiments_dir
+from aladin.model import AladinConfig, AladinModel, save_model
 from aladin.plan import plan
+from aladin.regions import open_regions
 from aladin.scenes import write_scenes
 
 
@@ -164,3 +169,34 @@ def test_from_python(data): assert plan("alad-alignment-triplet", data, "tiny", 
 def test_a_frozen_student_without_its_teacher(data):
     assert any("teacher" in o and "--teacher" in o for o in plan("alad-matching-distill-finetune", data, "tiny").problems)
     assert any("no-model" in o for o in plan("alad-matching-distill-finetune", data, "tiny", teacher="no-model").problems)
+
+
+@pytest.fixture(scope="module")
+def teacher(scenes, tmp_path_factory):
+    "A folder of prepared data and one of a teacher, not trained, of the tiny settings."
+    data,folder = tmp_path_factory.mktemp("prepared")/"data",tmp_path_factory.mktemp("teacher")/"model"
+    prepare_data(scenes, data, progress=False)
+    config = experiment_config("alad-alignment-triplet", "tiny")
+    save_model(AladinModel(AladinConfig.from_settings(config.model, config.data, len(load_tokenizer(data)), open_regions(data/"regions").dim)), data/"vocab.txt", folder)
+    return data,folder
+
+
+def test_a_teacher_that_fits(teacher):
+    data,model = teacher
+    assert plan("alad-matching-distill-finetune", data, "tiny", teacher=model).problems == []
+
+
+@pytest.mark.parametrize("key,value", [("hidden_size", 64), ("drop_last_word", True)])
+def test_a_teacher_of_another_shape(teacher, tmp_path, key, value):
+    data,model = teacher
+    settings = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    settings["all"]["model"][key] = value
+    (tmp_path/"settings.yaml").write_text(yaml.safe_dump(settings))
+    assert any("teacher" in o and key in o and str(model) in o for o in plan("alad-matching-distill-finetune", data, str(tmp_path/"settings.yaml"), teacher=model).problems)
+
+
+def test_a_teacher_of_another_vocabulary(teacher, tmp_path):
+    data,model = teacher
+    words = (data/"vocab.txt").read_text().splitlines()
+    (tmp_path/"vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    assert any(str(model/"vocab.txt") in o for o in plan("alad-matching-distill-finetune", data, "tiny", vocabulary=tmp_path/"vocab.txt", teacher=model).problems)
