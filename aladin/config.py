@@ -142,6 +142,7 @@ class TrainingSettings:
     "Optimiser, schedule and length."
     epochs:int = 30 # passes over the training captions
     batch_size:int = 32 # image-caption pairs a step
+    batch_captions:int = 1 # captions of each image in a batch; more share the image's cost and widen the choice of captions
     lr:float = 1e-5 # Adam's learning rate
     gamma:float = 0.1 # StepLR: the rate is multiplied by this ...
     step_size:int = 15 # ... every so many epochs
@@ -151,8 +152,6 @@ class TrainingSettings:
     pretrain_steps:int = 0 # steps of attribute and masked-word prediction before training, where no pre-trained backbone exists
     pretrain_lr:float = 1e-3 # learning rate of these
     pretrain_losses:list = field(default_factory=lambda: ["words", "regions", "contrast"]) # any of these; contrast alone suits a backbone that starts from a text model
-    pretrain_images:int = 0 # images a pre-training step; 0: batch_size
-    pretrain_captions:int = 1 # captions of each of them; more make step and gallery larger at little cost, for captions are short
     max_steps:int = 0 # end after so many steps; 0: after the epochs
     thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)
 
@@ -190,7 +189,7 @@ def _fill(cls, values, path, prefix=""):
     return cls(**out)
 
 _POSITIVE = ("model.hidden_size", "model.layers", "model.attention_heads", "model.intermediate_size", "model.matching_layers", "data.max_regions",
-             "data.captions_per_image", "training.pretrain_captions", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr")
+             "data.captions_per_image", "training.batch_captions", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr")
 
 def _check_variants(model, terms, refuse):
     "The variants that work together: one at a time, as the originals were recorded."
@@ -218,7 +217,7 @@ def _check(config, path):
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)
     for term in loss.terms: _check_type(path, "loss.terms", Term, term)
-    if config.training.pretrain_images < 0: refuse("training.pretrain_images", "0 or more", config.training.pretrain_images)
+    if config.training.batch_size % config.training.batch_captions: refuse("training.batch_captions", f"a divisor of batch_size {config.training.batch_size}", config.training.batch_captions)
     tasks = config.training.pretrain_losses
     if not tasks or len(set(tasks)) < len(tasks): refuse("training.pretrain_losses", "one or more different losses", tasks)
     for task in tasks: _check_type(path, "training.pretrain_losses", Literal["words", "regions", "contrast"], task)

@@ -248,10 +248,18 @@ def training_batches(
     batch_size:int, # captions a batch
     seed:int, # fixes the order
     epoch:int, # another order each epoch
-    allow_siblings:bool=True, # may two captions of one image meet in a batch?
+    allow_siblings:bool=True, # may two captions of one image meet by chance in a batch?
+    batch_captions:int=1, # captions of each image, side by side, as far as it has so many
 )->list: # of int64 arrays of caption numbers
     "The batches of one epoch; the last one may be smaller."
-    order = np.random.default_rng([seed, epoch]).permutation(len(caption_image))
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(caption_image))
+    if batch_captions > 1:
+        order = order[np.argsort(caption_image[order], kind="stable")]
+        images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
+        groups = [o[i:i+batch_captions] for o in images for i in range(0, len(o), batch_captions)]
+        mixed,step = rng.permutation(len(groups)),batch_size//batch_captions
+        return [np.concatenate([groups[j] for j in mixed[i:i+step]]) for i in range(0, len(mixed), step)]
     if allow_siblings: return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
     batches,seen = [],[]
     first_open = 0

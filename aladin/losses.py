@@ -136,15 +136,16 @@ class Criterion(nn.Module):
         captions:Tensor|None, # matching embeddings, [pairs, dim]
         epoch:int=0, # for activate_distillation_after
         step:int=10**9, # for all_negatives_steps
+        siblings:Tensor|None=None, # True where an image meets another caption of its own, bool [pairs, pairs]; no negatives unless allow_siblings
         depth:tuple=(), # hidden states of the images' and of the captions' layers, for hidden_l1
     )->tuple: # total (scalar), dict of each term's loss
         "The total and its terms."
         s,losses = self.settings,{}
         matching = None if images is None else similarity(images, captions, s.measure)
-        hardest = s.max_violation and step >= s.all_negatives_steps
+        hardest,ignore = s.max_violation and step >= s.all_negatives_steps,None if s.allow_siblings else siblings
         for term in s.terms:
-            if term == "alignment": losses[term] = triplet_loss(alignment, s.margin, hardest)
-            elif term == "matching": losses[term] = triplet_loss(matching, s.margin, hardest)
+            if term == "alignment": losses[term] = triplet_loss(alignment, s.margin, hardest, ignore)
+            elif term == "matching": losses[term] = triplet_loss(matching, s.margin, hardest, ignore)
             elif term == "entropy": losses[term] = entropy_loss(images, captions)
             elif term == "hidden_l1": losses[term] = hidden_l1(*depth)
             elif epoch >= s.activate_distillation_after: losses[term] = self.distillation(alignment, matching)

@@ -178,8 +178,7 @@ def stages(
     validations = -(-steps//s.validate_every)
     evaluated = lambda split: m.encoding*images[split] + m.scoring*images[split]*captions[split]
     out = [Stage("prepare", f"{stored:,} images", guess(lambda: m.reading*stored))] if stored else []
-    images_a_step = s.pretrain_images or s.batch_size
-    if s.pretrain_steps: out.append(Stage("pre-train", f"{s.pretrain_steps:,} steps of {images_a_step} images, {s.pretrain_steps*images_a_step/images['train']:.1f} times each", guess(lambda: m.pretraining*s.pretrain_steps)))
+    if s.pretrain_steps: out.append(Stage("pre-train", f"{s.pretrain_steps:,} steps, {s.pretrain_steps/per_epoch:.1f} epochs", guess(lambda: m.pretraining*s.pretrain_steps)))
     return out + [Stage("train", f"{steps:,} steps, {steps/per_epoch:.1f} epochs of {per_epoch:,} steps of {s.batch_size} pairs", guess(lambda: m.step*steps)),
                   Stage("validate", f"{validations} times {images['minival']:,} images, {captions['minival']:,} captions", guess(lambda: validations*evaluated("minival"))),
                   Stage("evaluate", f"{images['test']:,} images, {captions['test']:,} captions", guess(lambda: evaluated("test")))]

@@ -72,7 +72,8 @@ def batch_losses(
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
     depth = [[o.values for o in side.depth] for side in (images, captions)] if "hidden_l1" in terms else ()
-    return criterion(alignment, matching, captions.matching, epoch, step, depth)
+    siblings = of_pair == of_pair[:, None]
+    return criterion(alignment, matching, captions.matching, epoch, step, siblings, depth)
 
 # %% ../nbs/09_training.ipynb #6e65eb88
 FROZEN_LIMIT = 8 * 2**30 # bytes that the states of a frozen backbone may take
@@ -210,19 +211,10 @@ class PretrainingHead(nn.Module):
         own = scores.masked_fill(owner != torch.arange(len(scores), device=scores.device)[:, None], -torch.inf)
         return ((scores.logsumexp(1) - own.logsumexp(1)).mean() + F.cross_entropy(scores.T, owner))/2
 
-    def captions_for(self,
-        rows, # caption numbers of different images
-        count:int, # how many captions an image
-    )->tuple: # caption numbers, and for each the position of its image in `rows`, int64 [captions]
-        "Each caption with the next ones of its image, in the data's order and round."
-        own = [self.captions_of[self.data.caption_image[r]] for r in rows]
-        chosen = [np.roll(o, -int(np.flatnonzero(o == r)[0]))[:count] for o,r in zip(own, rows)]
-        return np.concatenate(chosen), torch.as_tensor(np.repeat(np.arange(len(rows)), [len(c) for c in chosen]))
-
 def pretrain(
     model:AladinModel, # its backbone is trained in place
     data:RetrievalSet, # training split
-    settings:TrainingSettings, # what begins with pretrain, batch_size, grad_clip, thinning
+    settings:TrainingSettings, # what begins with pretrain or batch, grad_clip, thinning
     seed:int, # fixes order and masks
     progress:bool=True, # show a progress bar
 )->pd.DataFrame: # step and a column for each of pretrain_losses
@@ -232,13 +224,12 @@ def pretrain(
     model.train()
     log,epoch,batches = [],0,[]
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
-        if not batches: batches,epoch = training_batches(data.caption_image, settings.pretrain_images or settings.batch_size, seed+1, epoch, allow_siblings=False),epoch+1
-        first = batches.pop()
-        rows,owner = head.captions_for(first, settings.pretrain_captions)
+        if not batches: batches,epoch = training_batches(data.caption_image, settings.batch_size, seed+1, epoch, False, settings.batch_captions),epoch+1
+        rows = batches.pop()
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
-        images = data.caption_image[first]
+        owner,images = pd.factorize(data.caption_image[rows])
         sets = head.region_states(images)
-        tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows, owner))
+        tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows, torch.as_tensor(owner)))
         losses = {name: tasks[name]() for name in settings.pretrain_losses}
         total = sum(losses.values())
         optimizer.zero_grad()
@@ -319,7 +310,7 @@ def train(
     thinning = Thinning(s.thinning, config.seed)
     with tqdm(total=total_steps, desc=config.name, disable=not progress) as bar:
         for epoch in range(s.epochs):
-            for rows in training_batches(data.caption_image, s.batch_size, config.seed, epoch, config.loss.allow_siblings):
+            for rows in training_batches(data.caption_image, s.batch_size, config.seed, epoch, config.loss.allow_siblings, s.batch_captions):
                 if step >= total_steps: break
                 optimizer.param_groups[0]["lr"] = learning_rate(s, epoch, step)
                 total,losses = batch_losses(model, criterion, data, rows, epoch, step, frozen, thinning)
