@@ -21,6 +21,7 @@ help: ## list the targets and variables
 	@echo "  DATA=folder      captions and key files, in the COCO-IR layout (default: the embedded scenes)"
 	@echo "  FEATURES=folder  region features, a TSV folder or a region store (default: DATA)"
 	@echo "  NAME=name        name of the data set in the results"
+	@echo "  SETTINGS=name    how the configurations are scaled (default: by NAME, else default)"
 	@echo "  SIZE=tiny|full   tiny takes minutes and only shows that everything runs (default: full)"
 	@echo "  SEED=number      first training seed (default: the configurations')"
 	@echo "  SEEDS=number     how many seeds: the table then gives mean and standard deviation (default: 1)"
@@ -56,7 +57,7 @@ dev: $(VENV)/.dev ## make .venv with the development tools as well
 
 results: $(VENV)/.core ## train, evaluate and compare every configuration; write tables and figures
 	@$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
-	  $(if $(NAME),--name "$(NAME)") $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(NAME),--name "$(NAME)") $(if $(SETTINGS),--settings "$(SETTINGS)") $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(foreach c,$(CONFIGURATION),--configuration "$(c)") $(if $(JOBS),--jobs $(JOBS)) $(if $(THREADS),--threads $(THREADS)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 

@@ -106,7 +106,7 @@ class ModelSettings:
     drop_last_word:bool = True # leave the last word piece out of the alignment, as the published weights do
     clamp:Clamp = "reference" # word scores below 0: kept (never), or cut off where a picture was padded in the originals (reference)
     freeze_backbone:bool = False # train the heads only
-    init_from:str = "" # folder or hub name of a text model whose weights start the backbone; empty: random
+    init_from:str = "" # folder of a text model whose weights start the backbone, or hub:NAME to fetch one; empty: random
     region_layer_norm:bool = True # LayerNorm after the projection of the region vectors
     depth_alignment:Depth = "none" # both heads read the last layer fused with the layers below it: none, their mean, or a gated sum
     depth_matching:Depth = "none" # the matching head reads all layers together: none, their mean, or a gated sum

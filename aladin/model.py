@@ -246,11 +246,14 @@ AladinModel.from_original = staticmethod(model_from_original)
 # %% ../nbs/08_model.ipynb #b4253d81
 def start_from_text_model(
     model:AladinModel, # a new model
-    path:str, # local folder or hub name of a BERT
+    path:str, # folder of a BERT with safetensors weights; hub:NAME fetches one
 ):
-    "Copy a text model's embeddings and layers into the backbone; raises `InputError` where the geometry differs."
-    try: source = AutoModel.from_pretrained(path).state_dict()
-    except (OSError, ValueError) as e: raise InputError(path, "model.init_from", "a text model's folder or hub name", str(e).split("\n")[0][:200], "put the model there or change model.init_from") from None
+    "Copy a text model's embeddings and layers into the backbone; raises `InputError` where it is missing or its geometry differs."
+    hub = path.startswith("hub:")
+    if not hub and not Path(path).is_dir():
+        raise InputError(path, "model.init_from", "the folder of a text model, or hub:NAME", "nothing there", f"put the model there (aladin fetch all_minilm_l6_v2 --out {path}, if that is the one), or change model.init_from")
+    try: source = AutoModel.from_pretrained(path.removeprefix("hub:"), local_files_only=not hub, use_safetensors=True).state_dict()
+    except (OSError, ValueError) as e: raise InputError(path, "model.init_from", "a text model with config.json and model.safetensors", str(e).split("\n")[0][:200], "put the model there or change model.init_from") from None
     own = model.backbone.state_dict()
     chosen = {n: t for n,t in source.items() if n.startswith(("embeddings.", "encoder."))}
     bad = [f"{n} {tuple(t.shape)}" for n,t in chosen.items() if n in own and t.shape != own[n].shape]

@@ -214,7 +214,7 @@ def _duration(seconds):
 def _check_config(name, settings, seed, found):
     "The configuration, or None; a model to start from has to be on this machine."
     config = found.attempt(experiment_config, name, settings, seed)
-    if config and (start := config.model.init_from) and not Path(start).is_dir():
+    if config and (start := config.model.init_from) and not start.startswith("hub:") and not Path(start).is_dir():
         found.problem(InputError(start, "model.init_from", "a folder on this machine", "nothing there", "put the model there, or change model.init_from"))
     return config
 

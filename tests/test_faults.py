@@ -1,14 +1,15 @@
 "Bad captions, checkpoints, configurations and embeddings: each error names the file and the place in it and says how to mend it."
-import argparse, json, pickle, shutil
+import argparse, json, pickle, shutil, socket
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from aladin.config import InputError, config_from_authors, config_from_dict, load_config
 from aladin.data import load_tokenizer, load_torch_file, open_split, read_captions
 from aladin.embeddings import encode_split, load_embeddings, save_embeddings
-from aladin.model import AladinModel
+from aladin.model import AladinModel, start_from_text_model
 
 golden = Path(__file__).parent/"golden"/"v1"
 
@@ -252,6 +253,19 @@ def test_configuration_file(tmp_path, content, found):
 
 @pytest.fixture(scope="module")
 def model(): return AladinModel.from_original(golden/"checkpoint.pth.tar", golden/"oscar_ckpt")
+
+
+@every_format
+def test_a_text_model_that_hides_code(tmp_path, model, marker, write):
+    (tmp_path/"text").mkdir()
+    write(dict(weights=Hostile(marker)), tmp_path/"text"/"pytorch_model.bin")
+    BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32).save_pretrained(tmp_path/"text")
+    fails(lambda: start_from_text_model(model, str(tmp_path/"text")), tmp_path/"text", "model.init_from", "safetensors")
+
+
+def test_a_missing_text_model_is_not_asked_of_a_hub(model, monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)
+    fails(lambda: start_from_text_model(model, "models/not-here"), "models/not-here", "model.init_from", "nothing there", "aladin fetch")
 
 
 @pytest.fixture(scope="module")

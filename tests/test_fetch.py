@@ -1,5 +1,5 @@
 "Fetching from a server that fails, stalls, cuts off, refuses and lies: what comes is whole or nothing, and each error says what to do."
-import hashlib, json, threading
+import hashlib, json, sys, threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -54,6 +54,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *where):
+        "A client that goes away is part of these tests."
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(*where)
+
+
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -62,8 +70,7 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = body,'"1"',[],[],True,"application/octet-stream",threading.Event()
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield server

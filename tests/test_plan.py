@@ -139,7 +139,7 @@ def test_model_to_start_from(data, tmp_path, run):
     assert status == 2 and "model.init_from" in problems(lines)[0] and len(problems(lines)) == 1
     (tmp_path/"none").mkdir()
     status,lines = run(data, tmp_path/"own.yaml")
-    assert status == 2 and "a text model's folder" in problems(lines)[0]
+    assert status == 2 and "a text model with" in problems(lines)[0]
 
 
 def test_disk(data, tmp_path, run, monkeypatch):
