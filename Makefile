@@ -13,7 +13,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv dev results test lab export clean
+.PHONY: help venv dev results test bench lab export clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 	$(RUN) $(BIN)/python -m pytest tests
+
+bench: $(VENV)/.core ## measure speed and memory against plain references, into results/benchmarks.md (15 minutes; LONG=1: COCO's size too)
+	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))
 
 lab: $(VENV)/.dev ## open JupyterLab on the notebooks
 	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs

@@ -92,6 +92,24 @@ class Backbone(nn.Module):
         hidden = hidden.index_copy(0, (start+tags.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))
         return self._run(hidden, lengths, all_layers)
 
+    def encode_pairs(self,
+        captions:Ragged, # word pieces with [CLS] and [SEP], int64 [total tokens]
+        images:ImageBatch, # one image for each caption; its tags begin with [UNK]
+    )->Ragged: # [total tokens + tags + regions, hidden], the caption first in each pair
+        "Caption, tags and regions of each pair attending to one another, as VinVL reads them: one text of two segments, then the regions."
+        tags,regions = images.tags.trimmed(1),images.regions # the second segment has no first token of its own
+        text = Ragged(torch.cat([captions.values, tags.values]), captions.lengths + tags.lengths)
+        lengths = text.lengths + regions.lengths
+        start,shift = Ragged(None, lengths).offsets[:-1],captions.lengths[tags.owner]
+        place = torch.cat([captions.position, tags.position + shift])
+        segment = torch.cat([torch.zeros_like(captions.values), torch.ones_like(tags.values)])
+        words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=place[None])[0]
+        boxes = self.dropout(self.LayerNorm(self.img_embedding(regions.values)))
+        hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
+        hidden = hidden.index_copy(0, start[torch.cat([captions.owner, tags.owner])] + place, words)
+        hidden = hidden.index_copy(0, (start + text.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))
+        return self._run(hidden, lengths, False)
+
     @staticmethod
     def regions_of(
         hidden:Ragged, # what `encode_images` returned

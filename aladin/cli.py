@@ -41,13 +41,12 @@ def _settings_of(model, a):
 def _encode(a):
     import torch
     from aladin.data import load_tokenizer, open_split
-    from aladin.embeddings import encode_split, save_embeddings
+    from aladin.embeddings import encode_to_file
     from aladin.model import load_model
     model = load_model(a.model).to("cuda" if torch.cuda.is_available() else "cpu")
     data = open_split(a.data, a.split, load_tokenizer(a.vocabulary or a.model), a.features, a.keys, _settings_of(model, a))
-    embeddings = encode_split(model, data, a.batch_size)
-    save_embeddings(embeddings, a.out)
-    print(f"{a.out}: {len(data.image_ids)} images with {len(embeddings.regions.values)} regions, {len(data)} captions with {len(embeddings.words.values)} words")
+    images,regions,captions,words = encode_to_file(model, data, a.out, a.batch_size, autocast=torch.bfloat16 if a.bfloat16 else None, dtype=a.dtype)
+    print(f"{a.out}: {images} images with {regions} regions, {captions} captions with {words} words")
 
 def _plan(a):
     from aladin.plan import plan
@@ -57,15 +56,45 @@ def _plan(a):
     return 2 if p.problems else 0
 
 def _evaluate(a):
+    import torch
     from aladin.data import read_keys
     from aladin.embeddings import load_embeddings
-    from aladin.evaluation import evaluate_embeddings
+    from aladin.evaluation import bootstrap_intervals, fold_metrics, ranks_metrics, retrieval_ranks
+    if a.ndcg and not a.data: raise InputError("--ndcg", "option --data", "the data folder with the captions", "none", "add --data DIR")
+    if a.judgements and not a.names: raise InputError("--judgements", "option --names", "the table of image ids and file names", "none", "add --names FILE")
     embeddings = load_embeddings(a.embeddings)
     if a.keys: embeddings = embeddings.subset(read_keys(a.keys))
-    metrics = evaluate_embeddings(embeddings, (a.head,), progress=True)[a.head]
-    for direction in ("i2t", "t2i"): print(direction, "  ".join(f"{k} {v:.1f}" for k,v in metrics[direction].items()))
-    print(f"rsum {metrics['rsum']:.1f}")
-    if a.json: write_json(a.json, {k: metrics[k] for k in ("i2t", "t2i", "rsum")})
+    if a.folds and len(embeddings.image_ids) % a.folds: raise InputError(a.embeddings, "images", f"a multiple of {a.folds} for --folds {a.folds}", len(embeddings.image_ids), "choose the images with --keys, or other folds")
+    if torch.cuda.is_available(): embeddings = embeddings.to("cuda")
+    ranks = None if a.folds else retrieval_ranks(embeddings, a.head, a.memory, torch.bfloat16 if a.bfloat16 else None, progress=True)
+    metrics = fold_metrics(embeddings, a.head, a.folds, progress=True) if a.folds else ranks_metrics(*ranks)
+    if a.intervals and ranks: metrics["intervals"] = bootstrap_intervals(*ranks, embeddings.caption_image.cpu())
+    if a.ndcg: metrics["ndcg"] = _ndcg(a, embeddings)
+    if a.judgements: metrics["judgements"] = _judgements(a, embeddings)
+    _print_metrics(metrics)
+    if a.json: write_json(a.json, metrics)
+
+def _ndcg(a, embeddings):
+    from aladin.data import captions_file, read_captions
+    from aladin.evaluation import caption_relevance, ndcg_metrics
+    captions,counts,source = read_captions(path := captions_file(a.data, a.split)),embeddings.caption_image.bincount(minlength=len(embeddings.image_ids)).tolist(),embeddings.caption_image.cpu()
+    texts = []
+    for image,n in zip(embeddings.image_ids, counts):
+        if len(found := captions.get(image, ())) < n: raise InputError(path, f"image {image}", f"its {n} captions that were encoded", f"{len(found)}", "name the data folder and --split that were encoded")
+        texts += found[:n]
+    return ndcg_metrics(embeddings, caption_relevance(texts, source, a.ndcg, a.cache, progress=True), a.head, progress=True)
+
+def _judgements(a, embeddings):
+    from aladin.evaluation import human_correlation, read_judgements
+    return human_correlation(embeddings, read_judgements(a.judgements, a.names), a.head)
+
+def _print_metrics(metrics):
+    spread = metrics.get("intervals", {})
+    def figure(name, value, interval): return f"{name} {value:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    for d in ("i2t", "t2i"): print(d, "  ".join(figure(k, v, spread.get(d, {}).get(k)) for k,v in metrics[d].items()))
+    print(figure("rsum", metrics["rsum"], spread.get("rsum")))
+    if "ndcg" in metrics: print("NDCG@25", "  ".join(f"{d} {v:.1f}" for d,v in metrics["ndcg"].items()))
+    if "judgements" in metrics: print("human judgements: Kendall's tau-b {tau_b:.3f}, Spearman's rho {rho:.3f} over {pairs} pairs".format(**metrics["judgements"]))
 
 def _fetch(a):
     from aladin.manifests import fetch
@@ -142,12 +171,24 @@ def make_parser()->argparse.ArgumentParser:
     _options(p, "data", "features", "keys", "vocabulary", "out")
     p.add_argument("--split", default="test", help="train, minival or test (default: test)")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions at once (default: 64)")
+    p.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where torch may: faster, not exact")
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored region and word vectors (default: float32)")
     p.add_argument("--max-tokens", type=int, help="longest text (default: as the model was trained)")
     p.add_argument("--max-regions", type=int, help="most regions of an image (default: as the model was trained)")
-    p = command(_evaluate, "recall of one head on encoded images and captions", "  aladin evaluate --embeddings embeddings.safetensors --head alignment --json metrics.json")
+    p = command(_evaluate, "recall of one head on encoded images and captions", "  aladin evaluate --embeddings embeddings.safetensors --head alignment --json metrics.json\n  aladin evaluate --embeddings embeddings.safetensors --head matching --folds 5\n  aladin evaluate --embeddings embeddings.safetensors --head alignment --intervals --ndcg --data coco_ir")
     p.add_argument("--embeddings", required=True, metavar="FILE", help="file written by aladin encode")
     p.add_argument("--head", choices=("matching", "alignment"), default="matching", help="which head (default: matching)")
     p.add_argument("--json", metavar="FILE", help="write the metrics here, in percent")
+    p.add_argument("--folds", type=int, metavar="N", help="the mean over N equal parts of the images: 5 for COCO's 5-fold 1K")
+    p.add_argument("--intervals", action="store_true", help="bootstrap intervals (95 %%) of every figure, unless --folds")
+    p.add_argument("--ndcg", nargs="?", const="rouge", choices=("rouge", "spice"), help="NDCG@25 too, with relevances by ROUGE-L (the default) or SPICE (needs pycocoevalcap and Java); needs --data")
+    p.add_argument("--judgements", metavar="FILE", help="rank correlation with Flickr8k's human judgements too (ExpertAnnotations.txt or CrowdFlowerAnnotations.txt, may be gzipped); needs --names")
+    p.add_argument("--names", metavar="FILE", help="table of image ids and file names, for --judgements")
+    p.add_argument("--data", metavar="DIR", help="data folder with the captions, for --ndcg")
+    p.add_argument("--split", default="test", help="which split was encoded, for --ndcg (default: test)")
+    p.add_argument("--cache", metavar="DIR", help="where --ndcg keeps its relevances (default: nowhere)")
+    p.add_argument("--memory", type=float, default=1.0, metavar="GIB", help="memory for scores beyond the embeddings (default: 1)")
+    p.add_argument("--bfloat16", action="store_true", help="compare rounded vectors: faster, not exact")
     _options(p, "keys")
     p = command(_fetch, "bring the files of a data set or checkpoint, checked and resumable", "  aladin fetch flickr8k_source\n  ALADIN_VINVL_TOKEN='sp=r&...' aladin fetch vinvl_coco_features --out vinvl")
     _name_option(p)

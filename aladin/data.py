@@ -206,6 +206,11 @@ class RetrievalSet:
 
     def __len__(self): return len(self.captions)
 
+    @property
+    def region_counts(self)->np.ndarray: # int64 [images]
+        "Regions of each image that are used."
+        return np.array([min(self.regions.num_regions(i), self.settings.max_regions) for i in self.image_ids])
+
     def image_batch(self,
         rows, # image numbers, 0 for the split's first
     )->ImageBatch:

@@ -9,6 +9,11 @@ import pytest
 from safetensors import safe_open
 
 from aladin.cli import main
+from aladin.config import DataSettings
+from aladin.data import load_tokenizer, open_split
+from aladin.embeddings import encode_to_file, load_embeddings, score_matrix
+from aladin.evaluation import evaluate_embeddings
+from aladin.model import AladinModel
 
 golden = Path(__file__).parent/"golden"/"v1"
 
@@ -65,6 +70,54 @@ def test_1k_keys_on_encoded_file(embeddings):
     assert main(["evaluate", "--embeddings", str(embeddings), "--head", "matching", "--keys", str(golden/"data"/"test_img_keys_1k.tsv"), "--json", str(out)]) == 0
     want = np.load(golden/"expected"/"evaluation.npz")["test1k_i2t_matching_metrics"]
     np.testing.assert_allclose(json.loads(out.read_text())["i2t"]["r1"], want[0], atol=1e-6)
+
+
+def test_evaluation_protocols(embeddings, tmp_path, capsys):
+    "Folds, intervals, NDCG and human judgements from the command, held to the functions and to each other."
+    out = tmp_path/"m.json"
+    evaluate = lambda *more: main(["evaluate", "--embeddings", str(embeddings), "--head", "alignment", "--json", str(out), *more])
+    assert evaluate("--intervals", "--ndcg", "--data", str(golden/"data"), "--cache", str(tmp_path/"cache")) == 0
+    m = json.loads(out.read_text())
+    for d in ("i2t", "t2i"):
+        for k,v in m[d].items(): assert m["intervals"][d][k][0] <= v <= m["intervals"][d][k][1]
+    assert 0 < m["ndcg"]["i2t"] < 100 and "NDCG@25" in capsys.readouterr().out
+    assert len(list((tmp_path/"cache").glob("rouge-*.npy"))) == 1
+    e = load_embeddings(embeddings)
+    assert evaluate("--folds", "5") == 0
+    n = len(e.image_ids)//5
+    parts = [evaluate_embeddings(e.subset(e.image_ids[i*n:i*n + n]), ("alignment",))["alignment"] for i in range(5)]
+    assert json.loads(out.read_text())["t2i"]["r5"] == pytest.approx(np.mean([p["t2i"]["r5"] for p in parts]))
+    (tmp_path/"names.tsv").write_text("".join(f"{i}\t{i}.jpg\ttest\n" for i in e.image_ids))
+    scores = score_matrix(e)
+    (tmp_path/"expert.txt").write_text("".join(f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t" + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n" for i in range(8) for c in range(8) for k in range(5)))
+    assert evaluate("--judgements", str(tmp_path/"expert.txt"), "--names", str(tmp_path/"names.tsv")) == 0
+    assert json.loads(out.read_text())["judgements"] == pytest.approx(dict(tau_b=1, rho=1, pairs=320), abs=1e-2)
+    for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"), (["--folds", "7"], "multiple of 7")):
+        assert evaluate(*options) == 2 and word in capsys.readouterr().err
+
+
+def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
+    "Cut off amid the images and again amid the captions, the same call encodes only what is missing, and the file is the same."
+    model,tokenizer = AladinModel.from_original(golden/"checkpoint.pth.tar", golden/"oscar_ckpt"),load_tokenizer(golden/"oscar_ckpt")
+    data = open_split(golden/"data", "train", tokenizer, golden/"feats", settings=DataSettings(max_tokens=20, max_regions=12))
+    encode_to_file(model, data, tmp_path/"whole.safetensors", 1, progress=False)
+    calls,limit = [],[130]
+    for name in ("encode_images", "encode_captions"):
+        def cut(*args, whole=getattr(AladinModel, name), name=name):
+            if len(calls) == limit[0]: raise KeyboardInterrupt
+            calls.append(name)
+            return whole(*args)
+        monkeypatch.setattr(AladinModel, name, cut)
+    encode = lambda: encode_to_file(model, data, tmp_path/"e.safetensors", 1, progress=False)
+    for limit[0] in (130, 400):
+        with pytest.raises(KeyboardInterrupt): encode()
+        assert not (tmp_path/"e.safetensors").exists()
+    assert calls.count("encode_images") == 160 + 30  # a hundred were noted as done
+    limit[0] = None
+    encode()
+    assert calls.count("encode_captions") == len(data) + 10  # 210 were there, 200 noted
+    assert (tmp_path/"e.safetensors").read_bytes() == (tmp_path/"whole.safetensors").read_bytes()
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["e.safetensors", "whole.safetensors"]
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "convert", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])

@@ -20,7 +20,7 @@ from aladin.backbone import Layout
 from aladin.config import DataSettings, LossSettings, config_from_authors
 from aladin.data import Ragged, load_tokenizer, load_torch_file, open_split, tokenize
 from aladin.embeddings import encode_split, score_matrix
-from aladin.evaluation import image_to_text_ranks, rank_metrics, retrieval_metrics, text_to_image_ranks
+from aladin.evaluation import image_to_text_ranks, ndcg, rank_metrics, retrieval_metrics, text_to_image_ranks
 from aladin.heads import AlignmentHead, aggregate, alignment_scores
 from aladin.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
 from aladin.model import AladinModel, original_name
@@ -337,6 +337,12 @@ def test_alignment_of_ragged_sets(case, mode):
     regions = head.region_set(Ragged.stack([o[:n] for o,n in zip(a[f"{case}_im_set"], a[f"{case}_im_len"])]))
     words = head.word_set(Ragged.stack([a[f"{case}_s_seq"][j, :a[f"{case}_s_len"][j]] for j in kept]))
     close(alignment_scores(regions, words, mode, clamp_like_reference(case, mode)), a[f"{case}_{mode}_scores"][:, kept], atol=1e-5)
+
+
+def test_ndcg():
+    a = arrays("ndcg")
+    close(ndcg(a["relevance"], a["ranking"]), a["ndcg"], rtol=1e-9, what="ndcg")
+    assert ndcg(np.zeros_like(a["relevance"]), a["ranking"]).tolist() == [a["ndcg_zero"]]*len(a["ranking"])
 
 
 # Losses. Not covered, as no configuration reaches them: attention distillation, the permutation-invariant and the cross-entropy criterion.

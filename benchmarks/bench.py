@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""Measure scoring, encoding, training, ranks, store reads and search against plain references, each pair in one process; write results/benchmarks.md.
+
+A reference is written from the formulas the way the original program works: padded, every image once for each of its captions, query by query,
+sorted. Sizes are VinVL-base's: 768 wide, 12 layers, 34 regions, about 13 words. Weights and vectors are random: only time and memory count.
+Where a reference would take too long it runs on a part of the work, named in its row, and is scaled by it."""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from aladin.config import DataSettings, LossSettings, write_json
+from aladin.data import ImageBatch, Ragged, RetrievalSet, load_tokenizer
+from aladin.embeddings import Embeddings, ScoreTiles, encode_split
+from aladin.evaluation import EntangledScorer, retrieval_ranks
+from aladin.experiments import provenance
+from aladin.heads import alignment_scores
+from aladin.losses import triplet_loss
+from aladin.model import AladinConfig, AladinModel
+
+DIM,PAD_TEXT,PAD_REGIONS,PAD_SETS = 768,50,34,71  # the originals' lengths in training, and of stored sets in evaluation
+
+
+def timed(work, least=1.0, most=5):
+    "Median seconds of one call after a first one, and the last result."
+    out,seconds = work(),[]
+    while len(seconds) < most and (not seconds or sum(seconds) < least):
+        start = time.perf_counter()
+        out = work()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds)),out
+
+
+def once(work):
+    start = time.perf_counter()
+    out = work()
+    return time.perf_counter() - start,out
+
+
+def peak_memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10  # MiB
+
+
+def matmul_peak(dtype=torch.float32, device="cpu", n=4096):
+    "FLOP/s of torch's own matrix product."
+    a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    def product():
+        c = a @ b
+        if device == "cuda": torch.cuda.synchronize()
+        return c
+    return 2*n**3/timed(product)[0]
+
+
+def unit(*shape, generator): return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def ragged(count, low, high, generator):
+    lengths = torch.randint(low, high + 1, (count,), generator=generator)
+    return Ragged(unit(int(lengths.sum()), DIM, generator=generator), lengths)
+
+
+def random_embeddings(images, seed=0):
+    "A split of random vectors: 30 to 38 regions an image, five captions of 8 to 18 words each, near enough to their image to be found sometimes."
+    g = torch.Generator().manual_seed(seed)
+    regions,words = ragged(images, 30, 38, g),ragged(5*images, 8, 18, g)
+    owner = torch.arange(images).repeat_interleave(5)
+    own = regions.offsets[owner[words.owner]] + (torch.rand(len(words.values), generator=g)*regions.lengths[owner[words.owner]]).long()
+    words.values = F.normalize(words.values + .12*regions.values[own], dim=-1)
+    vectors = unit(images, DIM, generator=g)
+    return Embeddings(vectors, F.normalize(vectors[owner] + 2.5*unit(5*images, DIM, generator=g), dim=-1), regions, words, [str(i) for i in range(images)], owner)
+
+
+def padded_ranks(e, queries, captions):
+    "The reference: sets padded to 71, one image against all captions, one caption against all images, cosines masked, sorted."
+    regions,words = e.regions.padded(PAD_SETS),e.words.padded(PAD_SETS)
+    region_mask,word_mask = e.regions.mask(PAD_SETS),e.words.mask(PAD_SETS)
+    def scores(r, rm, w, wm):
+        cosines = (r @ w.transpose(1, 2)).masked_fill(~(rm[:, :, None] & wm[:, None]), 0)
+        return cosines.max(1).values.sum(1)
+    def search(n, score, own):
+        order = np.argsort(-score(n).numpy())
+        return min(np.flatnonzero(np.isin(order, own(n))))
+    n,m = len(e.regions),len(e.words)
+    seconds,found = [],[]
+    for chosen,score,own in ((queries, lambda i: scores(regions[i].expand(m, -1, -1), region_mask[i].expand(m, -1), words, word_mask), lambda i: np.arange(5*i, 5*i + 5)),
+                             (captions, lambda c: scores(regions, region_mask, words[c].expand(n, -1, -1), word_mask[c].expand(n, -1)), lambda c: [c//5])):
+        s,ranks = once(lambda: np.array([search(i, score, own) for i in chosen]))
+        seconds.append(s)
+        found.append(ranks)
+    return seconds,found
+
+
+def scoring(images, every):
+    "Alignment scores and ranks of both directions; the reference takes every n-th query."
+    e = random_embeddings(images)
+    flop = 2*DIM*len(e.regions.values)*len(e.words.values)
+    peaks = {k: matmul_peak(getattr(torch, k)) for k in ("float32", "bfloat16")}
+    before = peak_memory()
+    ours,ranks = timed(lambda: retrieval_ranks(e), most=3) if flop < 1e13 else once(lambda: retrieval_ranks(e))
+    memory = peak_memory() - before
+    short,rounded = timed(lambda: retrieval_ranks(e, dtype=torch.bfloat16), most=3) if flop < 1e13 else once(lambda: retrieval_ranks(e, dtype=torch.bfloat16))
+    queries = [np.arange(0, n, every) for n in (images, 5*images)]
+    seconds,reference = padded_ranks(e, *queries)
+    reference_seconds = sum(s*n/len(q) for s,q,n in zip(seconds, queries, (images, 5*images)))
+    return dict(work=f"alignment head, {images:,} x {5*images:,}, ranks of both directions", reference=reference_seconds, part=f"1/{every} of the queries" if every > 1 else "all queries", ours=ours, ratio=reference_seconds/ours,
+                equal=bool(all((a[q] == b).all() for a,b,q in zip(ranks, reference, queries))), share_of_peak=flop/ours/peaks["float32"], extra_mib=memory,
+                bfloat16=short, bfloat16_ratio=reference_seconds/short, bfloat16_share_of_peak=flop/short/peaks["bfloat16"], bfloat16_ranks_changed=float(np.mean(np.concatenate([a != b for a,b in zip(ranks, rounded)]))),
+                peak_gflops={k: v/1e9 for k,v in peaks.items()}, tflop=flop/1e12)
+
+
+def training_scores(batch):
+    "Alignment scores of a batch with gradients, against the padded form."
+    g = torch.Generator().manual_seed(0)
+    sides = ragged(batch, 34, 34, g),ragged(batch, 8, 18, g)
+    def step(score):
+        leaves = [Ragged(o.values.clone().requires_grad_(), o.lengths) for o in sides]
+        triplet_loss(score(*leaves)).backward()
+        return [o.values.grad for o in leaves]
+    def padded(regions, words):
+        r,w = regions.padded(),words.padded()
+        cosines = torch.einsum("ird,cwd->icrw", r, w).masked_fill(~(regions.mask()[:, None, :, None] & words.mask()[None, :, None]), 0)
+        return cosines.max(2).values.sum(2)
+    before = peak_memory()
+    ours,mine = timed(lambda: step(alignment_scores))
+    memory = peak_memory() - before
+    reference,theirs = timed(lambda: step(padded))
+    return dict(work=f"alignment scores and gradients of a batch of {batch}", reference=reference, ours=ours, ratio=reference/ours, extra_mib=memory, reference_mib=peak_memory() - before,
+                equal=all(torch.allclose(a, b, atol=1e-5) for a,b in zip(mine, theirs)))
+
+
+class RandomRegions:
+    "Region vectors of VinVL's width in memory, with about 12 words of tags an image."
+    dim = 2054
+    def __init__(self, count, seed=0):
+        rng = np.random.default_rng(seed)
+        self.vectors = rng.standard_normal((64, 38, self.dim), dtype=np.float32)
+        self.counts,self.words = rng.integers(30, 39, count),rng.integers(20, 40, count)
+    def __contains__(self, i): return True
+    def num_regions(self, i): return int(self.counts[int(i)])
+    def features(self, i): return self.vectors[int(i) % 64, :self.num_regions(i)]
+    def tags(self, i): return ["thing"]*int(self.words[int(i)])
+
+
+def random_split(images, seed=0):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/"vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] word thing".split()))
+        captions = {str(i): [" ".join(["word"]*int(n)) for n in rng.integers(8, 19, 5)] for i in range(images)}
+        return RetrievalSet(RandomRegions(images, seed), captions, load_tokenizer(d), DataSettings(max_tokens=PAD_TEXT, max_tags=PAD_TEXT, max_regions=PAD_REGIONS))
+
+
+def base_model(): return AladinModel(AladinConfig(vocab_size=30522, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, head_dropout=0.0))
+
+
+def padded_encoding(model, tokens, regions):
+    "Hidden states the originals' way: text padded to 50, regions to 34, a mask of -10000."
+    b,text = model.backbone,Ragged.stack(tokens)
+    ids,mask = text.padded(PAD_TEXT),text.mask(PAD_TEXT)
+    hidden = b.embeddings(ids, token_type_ids=torch.zeros_like(ids))
+    if regions is not None:
+        vectors = Ragged.stack(regions)
+        hidden = torch.cat([hidden, b.LayerNorm(b.img_embedding(vectors.padded(PAD_REGIONS)))], 1)
+        mask = torch.cat([mask, vectors.mask(PAD_REGIONS)], 1)
+    hidden = b.encoder(hidden, attention_mask=(1.0 - mask[:, None, None].float())*-10000.0).last_hidden_state
+    start = PAD_TEXT if regions is not None else 0
+    return Ragged(hidden[:, start:][mask[:, start:]], mask[:, start:].sum(1))
+
+
+def padded_pairs(model, data, captions):
+    "Both sides of some captions, the image encoded again for each."
+    images = data.caption_image[captions]
+    fine = padded_encoding(model, [data.tag_tokens[i] for i in images], [data.regions.features(data.image_ids[i])[:PAD_REGIONS] for i in images])
+    words = padded_encoding(model, [data.caption_tokens[c] for c in captions], None)
+    return model.alignment.region_set(fine),model.alignment.word_set(words),model.matching(fine),model.matching(words)
+
+
+def encoding(images, part):
+    "All images and captions of a split; the reference encodes a part of the captions with their images."
+    model,data = base_model().eval(),random_split(images)
+    with torch.no_grad():
+        padded_pairs(model, data, np.arange(2))
+        reference,_ = once(lambda: [padded_pairs(model, data, np.arange(i, i + 10)) for i in range(0, part, 10)])
+    reference *= len(data)/part
+    ours,e = once(lambda: encode_split(model, data, progress=False))
+    short,rounded = once(lambda: encode_split(model, data, progress=False, autocast=torch.bfloat16))
+    return dict(work=f"encoding {images} images with {len(data)} captions", reference=reference, part=f"{part} pairs", ours=ours, ratio=reference/ours, seconds_a_pair=ours/len(data),
+                bfloat16=short, bfloat16_ratio=reference/short, bfloat16_deviation=(e.image_matching - rounded.image_matching).abs().max().item())
+
+
+def training_step(batch, how):
+    "One step of the joint configuration's forward and backward pass; memory is this process's peak, so reference and ours run apart."
+    from aladin.losses import listnet_loss
+    model,data = base_model().train(),random_split(batch)
+    rows = np.arange(0, 5*batch, 5)
+    def ours():
+        images,words = model.encode_images(data.image_batch(np.arange(batch))),model.encode_captions(data.caption_batch(rows))
+        return alignment_scores(images.sets, words.sets),images.matching @ words.matching.T
+    def padded():
+        r,w,i,c = padded_pairs(model, data, rows)
+        regions,words = r.padded(PAD_SETS),w.padded(PAD_SETS)
+        cosines = regions[:, None].expand(-1, batch, -1, -1) @ words[None].expand(batch, -1, -1, -1).transpose(2, 3)
+        return cosines.masked_fill(~(r.mask(PAD_SETS)[:, None, :, None] & w.mask(PAD_SETS)[None, :, None]), 0).max(2).values.sum(2),i @ c.T
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "bfloat16"): alignment,matching = (padded if how == "padded" else ours)()
+        (triplet_loss(alignment.float()) + listnet_loss(alignment.float().detach(), matching.float())).backward()
+        model.zero_grad()
+    before = peak_memory()
+    seconds,_ = timed(step, least=20, most=3)
+    return dict(seconds=seconds, extra_mib=peak_memory() - before)
+
+
+def matching_ranks(images):
+    "Ranks of the matching head from vectors, against sorting every query's scores."
+    e = random_embeddings(8)
+    g = torch.Generator().manual_seed(0)
+    owner = torch.arange(images).repeat_interleave(5)
+    e.image_matching = unit(images, DIM, generator=g)
+    e.caption_matching = F.normalize(e.image_matching[owner] + 2.5*unit(5*images, DIM, generator=g), dim=-1)
+    e.image_ids,e.caption_image = [str(i) for i in range(images)],owner
+    before = peak_memory()
+    ours,ranks = timed(lambda: retrieval_ranks(e, "matching"))
+    memory = peak_memory() - before
+    def sort():
+        scores = (e.image_matching @ e.caption_matching.T).numpy()
+        i2t = np.array([np.flatnonzero(np.argsort(row)[::-1]//5 == i)[0] for i,row in enumerate(scores)])
+        return i2t,np.array([np.flatnonzero(np.argsort(column)[::-1] == c//5)[0] for c,column in enumerate(scores.T)])
+    reference,theirs = once(sort)
+    return dict(work=f"ranks of the matching head, {images:,} x {5*images:,}", reference=reference, ours=ours, ratio=reference/ours, extra_mib=memory, reference_mib=peak_memory() - before,
+                equal=bool(all((a == b).all() for a,b in zip(ranks, theirs))))
+
+
+def entangled(images, part):
+    "One query over many images: the cross-encoder against a product of vectors, and against that with the best hundred scored by the alignment head."
+    model,data = base_model().eval(),random_split(images)
+    scorer = EntangledScorer(model, data)
+    seconds,_ = once(lambda: scorer.scores(np.zeros(part, dtype=int), np.arange(part)))
+    reference = seconds*images/part
+    g = torch.Generator().manual_seed(0)
+    vectors,sets,caption = unit(images, DIM, generator=g),ragged(images, 30, 38, g),data.caption_batch([0])
+    def encode(alignment):
+        with torch.no_grad(): return model.encode_captions(caption, alignment=alignment)
+    def matching(): return (vectors @ encode(False).matching[0]).topk(10)
+    def two_stage():
+        query = encode(True)
+        best = (vectors @ query.matching[0]).topk(100).indices
+        return alignment_scores(sets[best], query.sets, clamp="always")[:, 0].topk(10)
+    def whole():
+        return alignment_scores(sets, encode(True).sets, clamp="always")[:, 0].topk(10)
+    times = {f.__name__: timed(f, least=2, most=50)[0] for f in (matching, two_stage, whole)}
+    return dict(work=f"one query over {images:,} images, its caption encoded", reference=reference, part=f"{part} images", ours=times["matching"], ratio=reference/times["matching"],
+                two_stage=times["two_stage"], two_stage_ratio=reference/times["two_stage"], alignment=times["whole"], alignment_ratio=reference/times["whole"])
+
+
+def gpu():
+    "Full evaluation at COCO's size on a GPU."
+    if not torch.cuda.is_available(): return dict(work="GPU", note="no GPU here")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    e = random_embeddings(5000).to("cuda")
+    flop,out = 2*DIM*len(e.regions.values)*len(e.words.values),dict(work="alignment head, 5,000 x 25,000, on the GPU", gpu=torch.cuda.get_device_name())
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        seconds,_ = timed(lambda: retrieval_ranks(e, dtype=dtype), least=5, most=3)
+        out |= {name: seconds, f"{name}_share_of_peak": flop/seconds/matmul_peak(dtype, "cuda", 8192)}
+    return out
+
+
+SECTIONS = dict(scores_200=lambda: scoring(200, 1), scores_1000=lambda: scoring(1000, 50), ranks_5000=lambda: matching_ranks(5000), batch_32=lambda: training_scores(32), batch_256=lambda: training_scores(256),
+                encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), step_padded=lambda: training_step(32, "padded"), step=lambda: training_step(32, "float32"),
+                step_bfloat16=lambda: training_step(32, "bfloat16"), gpu=gpu)
+LONG = dict(scores_5000=lambda: scoring(5000, 2500))
+
+
+def run_section(name, threads):
+    out = subprocess.run([sys.executable, __file__, "--section", name, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def seconds_text(s): return f"{s:.0f} s" if s >= 100 else f"{s:.2f} s" if s >= 1 else f"{s*1000:.2f} ms"
+
+
+def markdown(rows, made):
+    "The table with what a reader needs beside it."
+    m = made["machine"]
+    lines = ["# Benchmarks", "", f"Made by `make bench` at commit {(made['commit'] or 'unknown')[:9]} on {made['date']}: {m['processor']}, {m['threads']} threads, torch {made['versions']['torch']}.",
+             "Ratios are of times within one run; references are described in benchmarks/bench.py.", "",
+             "| work | reference | ours | times faster | bfloat16 | times faster | more |", "|---|---:|---:|---:|---:|---:|---|"]
+    for r in rows:
+        if "reference" not in r: continue
+        more = [f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"same ranks or gradients: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
+                f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
+                f"bfloat16 changes {100*r['bfloat16_ranks_changed']:.1f} % of the ranks" if "bfloat16_ranks_changed" in r else "", f"{r['seconds_a_pair']:.3f} s a pair" if "seconds_a_pair" in r else "",
+                f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else ""]
+        lines.append(f"| {r['work']} | {seconds_text(r['reference'])} | {seconds_text(r['ours'])} | {r['ratio']:.1f} | {seconds_text(r['bfloat16']) if 'bfloat16' in r else ''} | "
+                     f"{format(r['bfloat16_ratio'], '.1f') if 'bfloat16_ratio' in r else ''} | {'; '.join(o for o in more if o)} |")
+    gpus = [r for r in rows if "gpu" in r]
+    lines += ["", *(f"{r['work']} ({r['gpu']}): float32 {seconds_text(r['float32'])} ({100*r['float32_share_of_peak']:.0f} % of peak), bfloat16 {seconds_text(r['bfloat16'])} ({100*r['bfloat16_share_of_peak']:.0f} % of peak)." for r in gpus)]
+    if not gpus: lines.append("No GPU was at hand.")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for benchmarks.md and benchmarks.json (default: results)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads (default: all)")
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *LONG], help="only these; written to nothing, printed")
+    parser.add_argument("--long", action="store_true", help="also COCO's 5,000 x 25,000, some 20 minutes on two cores")
+    parser.add_argument("--section", choices=[*SECTIONS, *LONG], help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.section: return print(json.dumps((SECTIONS | LONG)[a.section]()))
+    found = {}
+    for name in a.only or [*SECTIONS, *(LONG if a.long else ())]:
+        print(f"{name} ...", flush=True)
+        found[name] = run_section(name, a.threads)
+        print(json.dumps(found[name], indent=1), flush=True)
+    if {"step", "step_padded", "step_bfloat16"} <= set(found):
+        ours,padded,short = (found.pop(n) for n in ("step", "step_padded", "step_bfloat16"))
+        found["step"] = dict(work="training step, batch 32, forward and backward", reference=padded["seconds"], ours=ours["seconds"], ratio=padded["seconds"]/ours["seconds"], extra_mib=ours["extra_mib"], reference_mib=padded["extra_mib"],
+                             bfloat16=short["seconds"], bfloat16_ratio=padded["seconds"]/short["seconds"])
+    if a.only: return
+    made = provenance(0)
+    write_json(a.out/"benchmarks.json", dict(rows=list(found.values()), **{"made by": made}))
+    (a.out/"benchmarks.md").write_text(markdown(found.values(), made), encoding="utf-8")
+
+
+if __name__ == "__main__": main()
