@@ -97,7 +97,8 @@ def best_cosines(
     if order is not None: sets = sets[order]
     floor = torch.full_like(lengths, clamp == "always", dtype=torch.bool)
     if clamp == "batch": floor = sets.lengths < (int(lengths.max()) if width is None else width)
-    best = _Best.apply(sets.values, queries, sets.lengths, floor)
+    dtype = torch.promote_types(sets.values.dtype, queries.dtype)
+    with torch.autocast(queries.device.type, enabled=False): best = _Best.apply(sets.values.to(dtype), queries.to(dtype), sets.lengths, floor) # in the type of what it is given
     return best if order is None else best[order.argsort()]
 
 def _summed(values, sets):
