@@ -27,6 +27,11 @@ def _convert(a):
     save_model(model, Path(a.oscar)/"vocab.txt", a.out)
     print(f"{a.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, regions of {model.config.region_dim}")
 
+def _convert_detections(a):
+    from aladin.detections import convert_detections
+    store = convert_detections(a.shelve, a.out, a.dtype, a.force)
+    print(f"{a.out}: {len(store)} images, {store.dim} numbers a region")
+
 def _train(a):
     from aladin.experiments import train_run
     from aladin.graph import experiment_config
@@ -142,7 +147,7 @@ def make_parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(run, help, example):
-        p = commands.add_parser(run.__name__[1:], help=help, description=help, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = commands.add_parser(run.__name__[1:].replace("_", "-"), help=help, description=help, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run)
         return p
     p = command(_prepare, "make the prepared folder of a data set, or write the embedded scenes", "  aladin prepare --data scenes --out runs/scenes\n  aladin prepare --data coco_ir --features vinvl --out runs/coco --dtype float16")
@@ -153,6 +158,11 @@ def make_parser()->argparse.ArgumentParser:
     p = command(_convert, "turn the authors' checkpoint and Oscar folder into a model folder", "  aladin convert --checkpoint checkpoint.pth.tar --oscar vinvl_base --out model")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint.pth.tar of the original program")
     p.add_argument("--oscar", required=True, metavar="DIR", help="Oscar or VinVL checkpoint folder")
+    _options(p, "out")
+    p = command(_convert_detections, "turn Detic's results, a Python shelve, into a region store; reads plain data only, runs no code", "  aladin convert-detections --shelve detic --out detic_store --dtype float16")
+    p.add_argument("--shelve", required=True, metavar="PATH", help="the shelve, without .dat, .dir or .db")
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors (default: float32)")
+    p.add_argument("--force", action="store_true", help="replace a store that is there")
     _options(p, "out")
     p = command(_train, "train one configuration on a prepared folder", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")

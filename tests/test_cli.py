@@ -120,7 +120,7 @@ def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert sorted(o.name for o in tmp_path.iterdir()) == ["e.safetensors", "whole.safetensors"]
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "convert", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])
+@pytest.mark.parametrize("command", ["", "prepare", "convert", "convert-detections", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])
 def test_help(command):
     done = subprocess.run([sys.executable, "-c", "from aladin.cli import main; main()", *command.split(), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout

@@ -1,0 +1,127 @@
+"ALADIN-2.0's detections: what its program recorded (tests/golden/v2, or ALADIN_GOLDEN), compared exactly; and shelves that must not be trusted."
+
+import json
+import os
+import pickle
+import shelve
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aladin.cli import main
+from aladin.config import InputError
+from aladin.detections import SOURCES, DeticShelve, MergedRegions, convert_detections, merge_boxes, suppress, unify_classes
+from aladin.regions import RegionStore, TsvRegions, box_geometry
+
+here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
+v2 = here/"v2" if (here/"v2").is_dir() else here
+if not (v2/"expected"/"merge.json").is_file(): pytest.skip("this recorded set has no ALADIN-2.0 detections", allow_module_level=True)
+recorded = json.loads((v2/"expected"/"merge.json").read_text())
+
+
+@cache
+def detectors(): return TsvRegions(v2/"feats"),DeticShelve(v2/"feats"/"detic")
+
+
+@cache
+def merged(key, merge):
+    split,source = key.split("/")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        regions = MergedRegions(*detectors(), [str(i) for i in recorded[f"{split}/fast"]["img_keys"]], source, merge, width=2054)
+        return regions,[str(o.message) for o in told if o.category is UserWarning]
+
+
+@pytest.mark.parametrize("number", range(len(json.loads((v2/"expected"/"class_id_cases.json").read_text()))))
+def test_class_numbers(number):
+    case = json.loads((v2/"expected"/"class_id_cases.json").read_text())[number]
+    assert list(unify_classes(case["fast"], case["detic"])) == case["ids"]
+
+
+def test_suppression():
+    with np.load(v2/"expected"/"nms.npz") as a:
+        assert suppress(a["boxes"], a["scores"], a["classes"]) == a["keep"].tolist()
+        assert suppress(a["boxes"], a["scores"], None) == a["keep_single_class"].tolist()
+
+
+@pytest.mark.parametrize("key", recorded)
+def test_published_merge(key):
+    "Images, tags, the row of each vector, the vectors' shape."
+    want,(regions,told) = recorded[key],merged(key, "published")
+    assert regions.ids == [str(i) for i in want["img_keys"]]
+    assert len(told) == bool(regions.empty) and all(i in told[0] for i in regions.empty)
+    fast,detic = detectors()
+    for i in regions.ids:
+        assert regions.tags(i) == want["labels"][i]
+        assert " ".join(regions.tags(i)) == want["od_label_string"][i]
+        if isinstance(want["rows"][i], str):  # the originals' program stops at an image without Detic boxes
+            assert "ERROR" in want["rows"][i] and i not in detic
+            continue
+        assert [list(o) for o in regions.origins(i)] == want["rows"][i]
+        vectors = regions.features(i)
+        assert list(vectors.shape) == want["feat_shape"][i] and regions.num_regions(i) == len(vectors)
+        for row,(side,n) in zip(vectors, want["rows"][i]):
+            source = (fast if side == "f" else detic).features(i)[n]
+            np.testing.assert_array_equal(row[:len(source)], source)
+            assert not row[len(source):].any()
+
+
+@pytest.mark.parametrize("key", [k for k in recorded if "stats" in recorded[k]])
+def test_steps_of_the_merge(key):
+    "Statistics of the confidences, class numbers, normalised confidences, suppression, both orders."
+    want,(regions,_),(aligned,_) = recorded[key],merged(key, "published"),merged(key, "aligned")
+    s = want["stats"]
+    np.testing.assert_allclose(regions.statistics, [(s["fast_mean"], s["fast_std"]), (s["det_mean"], s["det_std"])], rtol=1e-6)
+    for i,image in want["images"].items():
+        found = regions.merged(i)
+        assert list(found["classes"]) == [image["fast_class_ids"], image["detic_class_ids"]]
+        np.testing.assert_allclose(found["normalised"], image["normalised_conf"], atol=1e-5)
+        np.testing.assert_allclose(found["scores"], image["nms_scores"], atol=1e-6)
+        assert found["kept"] == image["nms_keep"] == image["nms_keep_vanilla"]
+        assert found["order"] == image["order_reference"] == want["box_ordering"][i]
+        assert aligned.merged(i)["order"] == image["order_if_conf_followed_its_own_box"]
+
+
+@pytest.mark.parametrize("key", [k for k in recorded if k.endswith("/det+fast")])
+def test_aligned_merge_keeps_rows_together(key):
+    "Each vector belongs to the box that its tag names; so it is not in the published merge."
+    def agreeing(merge):
+        regions,sides = merged(key, merge)[0],dict(zip("fd", detectors()))
+        return [tag == sides[side].tags(i)[n] for i in regions.ids for tag,(side,n) in zip(regions.tags(i), regions.origins(i))]
+    assert all(agreeing("aligned")) and not all(agreeing("published"))
+
+
+def test_shelve_becomes_a_store(tmp_path, recwarn, capsys):
+    out = tmp_path/"store"
+    assert main(["convert-detections", "--shelve", str(v2/"feats"/"detic"), "--out", str(out)]) == 0
+    source = detectors()[1]
+    assert source.empty and all(any(i in str(w.message) for w in recwarn) for i in source.empty)
+    store = RegionStore(out)
+    assert store.ids == source.ids and store.dim == source.dim
+    for i in store.ids:
+        np.testing.assert_array_equal(store.features(i), source.features(i))
+        np.testing.assert_array_equal(store.rects(i), source.rects(i))
+        assert store.tags(i) == source.tags(i) and store.size(i) == source.size(i)
+    for a,b in zip(*(MergedRegions(detectors()[0], o, detectors()[0].ids[:4], "det+fast").features(detectors()[0].ids[0]) for o in (store, source))): np.testing.assert_array_equal(a, b)
+
+
+class Hostile:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open,(str(self.path), "w")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_hostile_shelve_is_refused(tmp_path, protocol, capsys):
+    with shelve.open(str(tmp_path/"detic"), protocol=protocol) as f:
+        f["1"] = dict(image_w=2, image_h=2, objects=[{"class": "dog", "conf": .5, "rect": [0, 0, 1, 1], "features": [Hostile(tmp_path/"was_run")]}])
+    assert main(["convert-detections", "--shelve", str(tmp_path/"detic"), "--out", str(tmp_path/"store")]) == 2
+    assert "image 1" in capsys.readouterr().err
+    assert not (tmp_path/"was_run").exists() and not (tmp_path/"store").exists()
+
+
+def test_unknown_source():
+    with pytest.raises(ValueError, match="det_padded"): MergedRegions(*detectors(), [], "detic")
+    assert SOURCES[0] == "fast"
