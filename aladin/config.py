@@ -129,6 +129,8 @@ class LossSettings:
     weights:Any = field(default_factory=lambda: [1.0]) # one weight a term, or "auto": learnt
     margin:float = 0.2 # margin of the hinge triplet loss
     measure:Literal["dot", "cosine", "order"] = "dot" # how two matching embeddings are compared
+    ranking:Literal["triplet", "infonce"] = "triplet" # loss of the terms alignment and matching
+    scale:float = 1/0.07 # InfoNCE: first factor of the scores; each head learns its own
     max_violation:bool = True # hardest negative only, rather than the sum over all
     all_negatives_steps:int = 0 # optimisation steps with all negatives before the hardest ones
     distillation:Literal["listnet", "mse", "ordinal", "contrastive"] = "listnet" # how the student copies the teacher's ranking
@@ -189,7 +191,7 @@ def _fill(cls, values, path, prefix=""):
     return cls(**out)
 
 _POSITIVE = ("model.hidden_size", "model.layers", "model.attention_heads", "model.intermediate_size", "model.matching_layers", "data.max_regions",
-             "data.captions_per_image", "training.batch_captions", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr")
+             "data.captions_per_image", "training.batch_captions", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr", "loss.scale")
 
 def _check_variants(model, terms, refuse):
     "The variants that work together: one at a time, as the originals were recorded."

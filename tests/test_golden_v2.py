@@ -1,4 +1,4 @@
-"ALADIN-2.0's detections: what its program recorded (tests/golden/v2, or ALADIN_GOLDEN), compared exactly; and shelves that must not be trusted."
+"ALADIN-2.0's detections and InfoNCE: what its program recorded (tests/golden/v2, or ALADIN_GOLDEN), compared exactly; and shelves that must not be trusted."
 
 import json
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aladin.cli import main
 from aladin.config import InputError
 from aladin.detections import SOURCES, DeticShelve, MergedRegions, convert_detections, merge_boxes, suppress, unify_classes
+from aladin.losses import infonce_loss, triplet_loss
 from aladin.regions import RegionStore, TsvRegions, box_geometry
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
@@ -125,3 +127,15 @@ def test_hostile_shelve_is_refused(tmp_path, protocol, capsys):
 def test_unknown_source():
     with pytest.raises(ValueError, match="det_padded"): MergedRegions(*detectors(), [], "detic")
     assert SOURCES[0] == "fast"
+
+
+def test_infonce():
+    "The loss, its gradients and the triplet losses of the same scores."
+    with np.load(v2/"expected"/"infonce.npz") as f: a = {k: f[k] for k in f.files}
+    scores,log_scale = torch.from_numpy(a["scores"]).requires_grad_(),torch.tensor(float(a["infonce_logit_scale"]), requires_grad=True)
+    loss = infonce_loss(scores, log_scale.exp())
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), a["infonce_loss"], rtol=1e-5)
+    np.testing.assert_allclose(scores.grad, a["infonce_grad_scores"], atol=1e-6)
+    np.testing.assert_allclose(log_scale.grad, a["infonce_grad_logit_scale"], rtol=1e-5)
+    for kind in ("maxviol", "sum"): np.testing.assert_allclose(triplet_loss(scores.detach(), max_violation=kind == "maxviol"), a[f"triplet_{kind}_loss"], rtol=1e-5)
