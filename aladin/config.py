@@ -153,9 +153,16 @@ class TrainingSettings:
     validate_every:int = 1000 # steps between validations on minival
     pretrain_steps:int = 0 # steps of attribute and masked-word prediction before training, where no pre-trained backbone exists
     pretrain_lr:float = 1e-3 # learning rate of these
+    pretrain_batch_size:int = 0 # image-caption pairs of these; 0: batch_size
+    pretrain_batch_captions:int = 0 # captions of each image in their batches; 0: batch_captions
     pretrain_losses:list = field(default_factory=lambda: ["words", "regions", "contrast"]) # any of these; contrast alone suits a backbone that starts from a text model
     max_steps:int = 0 # end after so many steps; 0: after the epochs
     thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)
+
+    @property
+    def pretrain_batch(self)->tuple: # pairs, captions of each image
+        "The batch of the pre-training."
+        return self.pretrain_batch_size or self.batch_size,self.pretrain_batch_captions or self.batch_captions
 
 @dataclass
 class ExperimentConfig:
@@ -219,7 +226,10 @@ def _check(config, path):
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)
     for term in loss.terms: _check_type(path, "loss.terms", Term, term)
-    if config.training.batch_size % config.training.batch_captions: refuse("training.batch_captions", f"a divisor of batch_size {config.training.batch_size}", config.training.batch_captions)
+    t = config.training
+    if min(t.pretrain_batch_size, t.pretrain_batch_captions) < 0: refuse("training.pretrain_batch_size", "0 or more, as training.pretrain_batch_captions", min(t.pretrain_batch_size, t.pretrain_batch_captions))
+    for key,size,captions in (("batch_captions", t.batch_size, t.batch_captions), ("pretrain_batch_captions", *t.pretrain_batch)):
+        if size % captions: refuse(f"training.{key}", f"a divisor of the batch size {size}", captions)
     tasks = config.training.pretrain_losses
     if not tasks or len(set(tasks)) < len(tasks): refuse("training.pretrain_losses", "one or more different losses", tasks)
     for task in tasks: _check_type(path, "training.pretrain_losses", Literal["words", "regions", "contrast"], task)

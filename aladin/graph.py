@@ -123,7 +123,7 @@ def _pretraining(config):
     "The name of the pre-training that a configuration starts from: the same for all that would pre-train alike."
     if not config.training.pretrain_steps: return ""
     model = {k: v for k,v in config_to_dict(config)["model"].items() if k not in ("matching_layers", "freeze_backbone")}
-    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "batch_size", "batch_captions", "grad_clip", "thinning")}
+    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "pretrain_batch", "grad_clip", "thinning")}
     return f"pretraining-{_digest(model, config_to_dict(config)['data'], training)[:6]}/seed-{config.seed}"
 
 def describe(

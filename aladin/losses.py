@@ -32,14 +32,15 @@ def triplet_loss(
 
 # %% ../nbs/07_losses.ipynb #b2fa0db2
 def infonce_loss(
-    scores:Tensor, # [pairs, pairs], true pairs on the diagonal
+    scores:Tensor, # [images, captions]
     scale:Tensor|float=1/0.07, # factor of the scores
-    ignore:Tensor|None=None, # True where a pair is no negative, bool [pairs, pairs]
+    true:Tensor|None=None, # which pairs are true, bool [images, captions], some in each row and column; the diagonal when not given
 )->Tensor: # scalar
-    "Cross-entropy of the true pair in each row and each column, mean over the batch and both directions."
-    logits,true = scale*scores,torch.arange(len(scores), device=scores.device)
-    if ignore is not None: logits = logits.masked_fill(ignore & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf)
-    return (F.cross_entropy(logits, true) + F.cross_entropy(logits.T, true))/2
+    "Cross-entropy of picking any true pair in each row and each column, mean over rows and over columns, half of each."
+    logits = scale*scores
+    if true is None: true = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    own = logits.masked_fill(~true, -torch.inf)
+    return sum((logits.logsumexp(d) - own.logsumexp(d)).mean() for d in (0, 1))/2
 
 # %% ../nbs/07_losses.ipynb #6cbdeb3d
 def similarity(
@@ -157,7 +158,9 @@ class Criterion(nn.Module):
         s,losses = self.settings,{}
         matching = None if images is None else similarity(images, captions, s.measure)
         hardest,ignore = s.max_violation and step >= s.all_negatives_steps,None if s.allow_siblings else siblings
-        def ranking(term, scores): return infonce_loss(scores, self.log_scale[term].exp(), ignore) if s.ranking == "infonce" else triplet_loss(scores, s.margin, hardest, ignore)
+        def ranking(term, scores):
+            if s.ranking == "triplet": return triplet_loss(scores, s.margin, hardest, ignore)
+            return infonce_loss(scores, self.log_scale[term].exp(), None if ignore is None else ignore | torch.eye(len(scores), dtype=torch.bool, device=scores.device))
         for term in s.terms:
             if term in ("alignment", "matching"): losses[term] = ranking(term, alignment if term == "alignment" else matching)
             elif term == "entropy": losses[term] = entropy_loss(images, captions)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .config import ExperimentConfig, TrainingSettings
 from .data import ImageBatch, Ragged, RetrievalSet, training_batches
-from .losses import Criterion
+from .losses import Criterion, infonce_loss
 from .model import AladinModel
 
 # %% ../nbs/09_training.ipynb #d09b3869
@@ -206,10 +206,8 @@ class PretrainingHead(nn.Module):
         "InfoNCE of the alignment scores over the batch, mean of both directions (van den Oord et al. 2018); an image's own captions count as one."
         model,tokens = self.model,self.thinning.captions(self.data.caption_batch(rows)).to(self.words.device)
         words = model.alignment.word_set(model.backbone.encode_captions(tokens))
-        scores = scale*model.alignment(model.alignment.region_set(sets), words)
-        owner = owner.to(scores.device)
-        own = scores.masked_fill(owner != torch.arange(len(scores), device=scores.device)[:, None], -torch.inf)
-        return ((scores.logsumexp(1) - own.logsumexp(1)).mean() + F.cross_entropy(scores.T, owner))/2
+        scores = model.alignment(model.alignment.region_set(sets), words)
+        return infonce_loss(scores, scale, owner.to(scores.device) == torch.arange(len(scores), device=scores.device)[:, None])
 
 def pretrain(
     model:AladinModel, # its backbone is trained in place
@@ -222,9 +220,9 @@ def pretrain(
     head = PretrainingHead(model, data, thinning=Thinning(settings.thinning, seed)).to(next(model.parameters()).device)
     optimizer,generator = torch.optim.Adam(head.parameters(), lr=settings.pretrain_lr, fused=True),torch.Generator().manual_seed(seed)
     model.train()
-    log,epoch,batches = [],0,[]
+    log,epoch,batches,(pairs,captions) = [],0,[],settings.pretrain_batch
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
-        if not batches: batches,epoch = training_batches(data.caption_image, settings.batch_size, seed+1, epoch, False, settings.batch_captions),epoch+1
+        if not batches: batches,epoch = training_batches(data.caption_image, pairs, seed+1, epoch, False, captions),epoch+1
         rows = batches.pop()
         for g in optimizer.param_groups: g["lr"] = settings.pretrain_lr * min(1, (step+1)/50) * (1 - step/settings.pretrain_steps)
         owner,images = pd.factorize(data.caption_image[rows])
