@@ -44,8 +44,8 @@ def _scan(a, region_mask, word_mask, regions, words):
     return cosines.masked_fill(~(region_mask[:, None] & word_mask.any(1)[None, :, None]), 0).sum(2)
 
 # %% ../nbs/06_heads.ipynb #1551857e
-_CELLS = 2**20 # cosines computed at once, few enough to stay in the cache
-_COLUMNS = 2048 # at most so many words of them
+_CELLS = 2**20 # cosines computed at once, few enough to stay in a processor's cache; 64 times as many on a GPU
+_COLUMNS = 2048 # at most so many words of them; 8 times as many on a GPU
 
 class _Best(torch.autograd.Function):
     "Each query's best cosine in each set; remembers where it was, so that the backward pass touches one row a pair and no cosine twice."
@@ -54,9 +54,10 @@ class _Best(torch.autograd.Function):
         remember = any(ctx.needs_input_grad)
         best = rows.new_zeros(len(lengths), len(queries))
         where = torch.full(best.shape, -1, device=rows.device) if remember else None
-        columns,row,first = min(_COLUMNS, max(1, len(queries))),0,0
+        cells,columns = (_CELLS, _COLUMNS) if rows.device.type == "cpu" else (64*_CELLS, 8*_COLUMNS)
+        columns,row,first = min(columns, max(1, len(queries))),0,0
         for length,count in zip(*(o.tolist() for o in torch.unique_consecutive(lengths, return_counts=True))):
-            step = max(1, _CELLS//(columns*max(1, length)))
+            step = max(1, cells//(columns*max(1, length)))
             for at in range(first, first+count if length else 0, step):
                 sets = slice(at, min(at+step, first+count))
                 n = sets.stop - sets.start
