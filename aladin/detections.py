@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'plain_unpickle', 'DeticShelve', 'convert_detections', 'unify_classes', 'suppress', 'confidence_statistics',
-           'merge_boxes', 'MergedRegions']
+           'merge_boxes', 'MergedRegions', 'tag_sentences']
 
 # %% ../nbs/14_detections.ipynb #995d4c68
-import ast, dbm, hashlib, io, pickle, warnings
+import dbm, hashlib, io, pickle, warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -271,3 +272,24 @@ class MergedRegions(Regions):
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Changes with either detector's, with the images and with the way of merging."
         return hashlib.sha256(repr([o.fingerprint if o else "" for o in (self.fast, self.detic)] + [self.ids, self.source, self.merge, self.dim]).encode()).hexdigest()[:16]
+
+# %% ../nbs/14_detections.ipynb #4d28298e
+def tag_sentences(
+    tags:list, # class names of an image
+    aggregate:bool=False, # one sentence for equal tags, with their number
+    most:int=0, # entries at most, the start included; 0: all
+    published:bool=False, # as the originals: split tags on blanks, always write "a", and form plurals as they do
+)->list: # "start of the sequence", then "a photo of a dog" and the like
+    "What CLIP reads of an image's tags (ALADIN-2.0)."
+    import inflect
+    words = inflect.engine()
+    names = [w for t in tags for w in t.split(" ")] if published else list(tags)
+    counts = Counter(names) if aggregate else None
+    def sentence(name, count):
+        head,_,bracket = name.replace("_", " ").partition(" (")
+        tail = " " + bracket.rstrip(")") if bracket else ""
+        if published and bracket and " " in head: head,tail = head.split(" ", 1)[0]," " + head.split(" ", 1)[1] + tail # so they count two baseballs bat x
+        if count == 1: return f"a photo of a {head}{tail}" if published else f"a photo of {words.a(head)}{tail}"
+        return f"a photo of {words.number_to_words(count) if count <= 10 else 'many'} {words.plural(head)}{tail}"
+    out = ["start of the sequence", *([sentence(n, c) for n,c in counts.items()] if aggregate else [sentence(n, 1) for n in names])]
+    return out[:most] if most else out

@@ -14,7 +14,7 @@ import torch
 
 from aladin.cli import main
 from aladin.config import InputError
-from aladin.detections import SOURCES, DeticShelve, MergedRegions, convert_detections, merge_boxes, suppress, unify_classes
+from aladin.detections import SOURCES, DeticShelve, MergedRegions, suppress, tag_sentences, unify_classes
 from aladin.losses import infonce_loss, triplet_loss
 from aladin.regions import RegionStore, TsvRegions, box_geometry
 
@@ -139,3 +139,23 @@ def test_infonce():
     np.testing.assert_allclose(scores.grad, a["infonce_grad_scores"], atol=1e-6)
     np.testing.assert_allclose(log_scale.grad, a["infonce_grad_logit_scale"], rtol=1e-5)
     for kind in ("maxviol", "sum"): np.testing.assert_allclose(triplet_loss(scores.detach(), max_violation=kind == "maxviol"), a[f"triplet_{kind}_loss"], rtol=1e-5)
+
+
+strings = json.loads((v2/"expected"/"clip_label_strings.json").read_text())
+
+@pytest.mark.parametrize("case", strings["single_class_cases"])
+def test_sentence_of_one_class(case):
+    name,_,count = case.rpartition(" x")
+    assert tag_sentences([name]*int(count), aggregate=True, published=True) == strings["single_class_cases"][case]
+
+
+@pytest.mark.parametrize("key", strings["per_image"])
+def test_sentences_of_an_image(key):
+    "Exact in order without aggregation; with it as sets, since the originals take the order from one."
+    source,aggregation = key.split("/")
+    regions = merged(f"train/{source}", "published")[0]
+    for i,want in strings["per_image"][key].items():
+        most = max(len(o) for o in strings["per_image"][key].values())
+        found = tag_sentences(regions.tags(i), aggregation == "labels", published=True)
+        if aggregation == "labels": assert found[0] == want[0] and set(found) == set(want) and len(found) == len(want)
+        else: assert found[:len(want)] == want and len(want) == min(len(found), most)
