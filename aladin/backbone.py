@@ -44,10 +44,12 @@ def _layer(layer, hidden, layout, heads, attention_dropout):
     hidden = layer.attention.output(mixed, hidden)
     return layer.output(layer.intermediate(hidden), hidden)
 
+def _two_layers(source, width): return nn.Sequential(nn.Linear(source, width), nn.ReLU(), nn.Linear(width, width))
+
 class Backbone(nn.Module):
     "The shared BERT of both streams (ALADIN, section 3.1; VinVL's OSCAR+ weights fit it)."
     def __init__(self,
-        config, # an `AladinConfig`, or a BertConfig with region_dim, region_layer_norm and region_layer_norm_eps
+        config, # an `AladinConfig`, or a BertConfig with region_dim, region_layer_norm and region_layer_norm_eps; detic_dim and clip_dim where there are such inputs
     ):
         super().__init__()
         self.config,h = config,config.hidden_size
@@ -57,9 +59,21 @@ class Backbone(nn.Module):
         self.img_embedding = nn.Linear(config.region_dim, h)
         self.LayerNorm = nn.LayerNorm(h, eps=config.region_layer_norm_eps) if config.region_layer_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.detic_dim = getattr(config, "detic_dim", 0)
+        if self.detic_dim: self.detic_embedding = _two_layers(config.region_dim, h)
+        if clip := getattr(config, "clip_dim", 0): self.clip_tags,self.clip_captions = _two_layers(clip, h),_two_layers(clip, h)
 
-    def _embed_tokens(self, tokens, segments):
-        return self.embeddings(tokens.values[None], token_type_ids=segments[None], position_ids=tokens.position[None])[0]
+    def _embed_tokens(self, tokens, segments, clip):
+        "Words by the table, or CLIP's vectors through two layers, with positions and segments."
+        given = dict(inputs_embeds=clip(tokens.values)[None]) if tokens.values.is_floating_point() else dict(input_ids=tokens.values[None])
+        return self.embeddings(**given, token_type_ids=segments[None], position_ids=tokens.position[None])[0]
+
+    def _embed_regions(self, vectors):
+        "Projected and normalised; rows that end with `detic_dim`, the rest zeros, go through Detic's two layers."
+        out = self.img_embedding(vectors)
+        if self.detic_dim and len(rows := torch.nonzero(~vectors[:, self.detic_dim:].any(1))[:, 0]):
+            out = out.index_copy(0, rows, self.detic_embedding(vectors[rows]).to(out.dtype))
+        return self.dropout(self.LayerNorm(out))
 
     def _run(self, hidden, lengths, all_layers):
         layout,c = Layout(lengths),self.config
@@ -71,11 +85,11 @@ class Backbone(nn.Module):
         return [Ragged(o, lengths) for o in states] if all_layers else Ragged(hidden, lengths)
 
     def encode_captions(self,
-        tokens:Ragged, # word pieces of the captions, int64 [total tokens]
+        tokens:Ragged, # word pieces of the captions, int64 [total tokens], or CLIP's vectors of their tokens, float32 [total tokens, clip_dim]
         all_layers:bool=False, # return the hidden states of every layer, the input first?
     ): # Ragged [total tokens, hidden], or a list of them
         "Contextual word vectors of captions."
-        return self._run(self._embed_tokens(tokens, torch.zeros_like(tokens.values)), tokens.lengths, all_layers)
+        return self._run(self._embed_tokens(tokens, torch.zeros_like(tokens.position), getattr(self, "clip_captions", None)), tokens.lengths, all_layers)
 
     def encode_images(self,
         images:ImageBatch, # tags and regions
@@ -85,8 +99,8 @@ class Backbone(nn.Module):
         tags,regions = images.tags,images.regions
         lengths = tags.lengths + regions.lengths
         start = Ragged(None, lengths).offsets[:-1]
-        words = self._embed_tokens(tags, (tags.position > 0).long())
-        boxes = self.dropout(self.LayerNorm(self.img_embedding(regions.values)))
+        words = self._embed_tokens(tags, (tags.position > 0).long(), getattr(self, "clip_tags", None))
+        boxes = self._embed_regions(regions.values)
         hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
         hidden = hidden.index_copy(0, start[tags.owner] + tags.position, words)
         hidden = hidden.index_copy(0, (start+tags.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))
@@ -104,7 +118,7 @@ class Backbone(nn.Module):
         place = torch.cat([captions.position, tags.position + shift])
         segment = torch.cat([torch.zeros_like(captions.values), torch.ones_like(tags.values)])
         words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=place[None])[0]
-        boxes = self.dropout(self.LayerNorm(self.img_embedding(regions.values)))
+        boxes = self._embed_regions(regions.values)
         hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
         hidden = hidden.index_copy(0, start[torch.cat([captions.owner, tags.owner])] + place, words)
         hidden = hidden.index_copy(0, (start + text.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))

@@ -61,6 +61,8 @@ class AladinConfig(PreTrainedConfig):
         post_layers=0, # layers after the backbone that depth_matching aggregates too
         alignment_layers=0, # layers between the backbone and the alignment head
         separate_streams=False, # own alignment_layers for images and captions
+        detic_dim=0, # ALADIN-2.0: numbers of a Detic region; such rows, filled up with zeros, have a projection of their own. 0: none come
+        clip_dim=0, # ALADIN-2.0: width of CLIP's vectors in place of word pieces. 0: none come
         **kwargs,
     ):
         for name,value in list(locals().items()):
@@ -170,10 +172,12 @@ class AladinModel(PreTrainedModel):
         return self.alignment(i.sets, c.sets), i.matching @ c.matching.T
 
 # %% ../nbs/08_model.ipynb #ca4fb456
-_PREFIXES = (("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."),
+_PREFIXES = (("img_txt_enc.oscar_model.bert.embeddings.clip_local_to_oscar_embeddings.", "backbone.clip_captions."), ("img_txt_enc.oscar_model.bert.embeddings.clip_global_to_oscar_embeddings.", "backbone.clip_tags."),
+             ("img_txt_enc.oscar_model.bert.detic_to_oscar_img.", "backbone.detic_embedding."), ("img_txt_enc.oscar_model.bert.", "backbone."), ("img_txt_enc.oscar_model.", ""), ("img_txt_enc.final_projection_net.", "matching."), ("bert.", "backbone."),
              ("img_txt_enc.depth_aggregator_model_alignment.", "depth."), ("img_txt_enc.depth_aggregator_model_matching.", "depth."), ("img_txt_enc.feature_fusion.", "fusion."),
              ("img_txt_enc.post_oscar_transformer.", "post_layers."), ("img_txt_enc.transformer_encoder_1.", "alignment_layers.0."), ("img_txt_enc.transformer_encoder_2.", "alignment_layers.1."))
-_UNUSED = ("img_txt_enc.img_proj.", "img_txt_enc.cap_proj.", "distillation_loss.")
+_DETIC_DIM = 1030 # 1,024 numbers of Detic and the six of the box
+_UNUSED = ("img_txt_enc.img_proj.", "img_txt_enc.cap_proj.", "distillation_loss.", "alignment_criterion.", "matching_criterion.", "clip_model.")
 
 def original_name(
     name:str, # of a tensor in the authors' files
@@ -212,12 +216,20 @@ def _original_config(oscar_dir, checkpoint, path):
               hidden_dropout_prob=o.get("hidden_dropout_prob", .1), attention_probs_dropout_prob=o.get("attention_probs_dropout_prob", .1),
               region_layer_norm=bool(o.get("use_img_layernorm", 0)), region_layer_norm_eps=o.get("img_layer_norm_eps", 1e-12))
     options = checkpoint.get("opt")
-    for ours,theirs in (("max_tokens", "max_seq_length"), ("max_regions", "max_img_seq_length")):
+    for ours,theirs in (("max_tokens", "max_seq_length"), ("max_tokens", "max_caption_seq_len"), ("max_tags", "max_labels_seq_len"), ("max_regions", "max_img_seq_length")):
         if hasattr(options, theirs): c[ours] = getattr(options, theirs)
+    c |= _second_inputs(checkpoint.get("model", {}))
     if "config" in checkpoint:
-        m = config_from_authors(checkpoint["config"], path).model
+        m = config_from_authors({k: v for k,v in checkpoint["config"].items() if k in ("model", "training", "dataset")}, path).model
         c |= dict(matching_layers=m.matching_layers, head_dropout=m.dropout, aggregation=m.aggregation, **_variant(m))
     return AladinConfig(**c)
+
+def _second_inputs(weights):
+    "Widths of ALADIN-2.0's inputs, from the tensors that take them in."
+    bert = "img_txt_enc.oscar_model.bert."
+    def width(name): return weights[bert + name].shape[1] if bert + name in weights else 0
+    found = dict(detic_dim=_DETIC_DIM if width("detic_to_oscar_img.0.weight") else 0, clip_dim=width("embeddings.clip_global_to_oscar_embeddings.0.weight"))
+    return found | (dict(region_dim=width("img_embedding.weight")) if any(found.values()) else {})
 
 def _check_tags_used(oscar_dir):
     "Oscar's training arguments must say that tags were read: our input always has them."

@@ -1,5 +1,6 @@
 "ALADIN-2.0's detections and InfoNCE: what its program recorded (tests/golden/v2, or ALADIN_GOLDEN), compared exactly; and shelves that must not be trusted."
 
+import copy
 import json
 import os
 import pickle
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from aladin.cli import main
-from aladin.config import InputError
+from aladin.config import LossSettings
+from aladin.data import ImageBatch, Ragged
 from aladin.detections import SOURCES, DeticShelve, MergedRegions, suppress, tag_sentences, unify_classes
-from aladin.losses import infonce_loss, triplet_loss
+from aladin.losses import Criterion, infonce_loss, triplet_loss
+from aladin.model import AladinModel, original_name
 from aladin.regions import RegionStore, TsvRegions, box_geometry
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
@@ -159,3 +162,80 @@ def test_sentences_of_an_image(key):
         found = tag_sentences(regions.tags(i), aggregation == "labels", published=True)
         if aggregation == "labels": assert found[0] == want[0] and set(found) == set(want) and len(found) == len(want)
         else: assert found[:len(want)] == want and len(want) == min(len(found), most)
+
+
+with np.load(v2/"expected"/"forward.npz") as f: forward = {k: f[k] for k in f.files}
+combinations = list(dict.fromkeys(k.split("/")[0] for k in forward))
+SOURCE = {"fast": "fast", "det": "det", "detpadded": "det_padded", "detfast": "det+fast", "detfastlabels": "det+fast_labels"}
+
+
+@cache
+def model(): return AladinModel.from_original(v2/"checkpoint.pth.tar", v2/"oscar_ckpt")
+
+
+def model_of(name):
+    "The recorded model; `det` has a region projection of its own width."
+    if f"{name}/img_embedding_weight" not in forward: return model()
+    config = copy.deepcopy(model().config)
+    config.region_dim,config.detic_dim = forward[f"{name}/img_embedding_weight"].shape[1],0
+    other = AladinModel(config).eval()
+    weights = {k: v for k,v in model().state_dict().items() if "detic_embedding" not in k}
+    other.load_state_dict(weights | {f"backbone.img_embedding.{p}": torch.from_numpy(forward[f"{name}/img_embedding_{p}"]) for p in ("weight", "bias")})
+    return other
+
+
+def inputs(name):
+    "The batch of a combination: tags or CLIP's vectors of them, regions as the published merge gives them, captions or CLIP's vectors of them."
+    a = lambda key: forward.get(f"{name}/{key}")
+    source = SOURCE[name.split("_")[0]]
+    regions = merged(f"train/{source}", "published")[0]
+    mask,most = a("img_attention_mask"),a("img_segment_ids").shape[1]
+    tag_lengths,region_lengths = torch.from_numpy(mask[:, :most].sum(1)),torch.from_numpy(mask[:, most:].sum(1))
+    cut = lambda values, lengths: Ragged.stack([torch.from_numpy(v[:n]) for v,n in zip(values, lengths)])
+    tags = cut(a("clip_label_global") if a("clip_label_global") is not None else a("img_input_ids").astype(np.int64), tag_lengths)
+    per_image = 5  # captions of an image, in the order of the data set
+    ids = [regions.ids[i//per_image] for i in a("index")]
+    vectors = cut([regions.features(i) for i in ids], region_lengths)
+    captions = cut(a("clip_caption_local") if a("clip_caption_local") is not None else a("cap_input_ids").astype(np.int64), torch.from_numpy(a("cap_len")))
+    return ImageBatch(tags, vectors),captions
+
+
+@pytest.mark.parametrize("name", combinations)
+@torch.no_grad()
+def test_forward(name):
+    "Embeddings, sets and hidden states of every combination of detections, tags and captions."
+    m,(images,captions) = model_of(name),inputs(name)
+    a = lambda key: torch.from_numpy(forward[f"{name}/{key}"])
+    left,right = m.encode_images(images),m.encode_captions(captions)
+    np.testing.assert_allclose(left.matching, a("img_emb"), atol=1e-5)
+    np.testing.assert_allclose(right.matching, a("cap_emb"), atol=1e-5)
+    for hidden,key,drop in ((m.backbone.encode_captions(captions), "txt_last_hidden", 0), (Ragged(m.backbone.regions_of(m.backbone.encode_images(images), images).values, images.regions.lengths), "img_last_hidden", a("img_segment_ids").shape[1])):
+        for i in range(len(hidden)): np.testing.assert_allclose(hidden[i], a(key)[i, drop:drop + hidden.lengths[i]], atol=1e-5)
+    for i,n in enumerate(images.regions.lengths): np.testing.assert_allclose(left.sets[i], torch.nn.functional.normalize(a("img_set")[:n, i], dim=1)[1:], atol=1e-5)
+
+
+with np.load(v2/"expected"/"train_step.npz") as f: steps = {k: f[k] for k in f.files}
+
+@pytest.mark.parametrize("name, terms", [k.split("/")[:2] for k in steps if k.endswith("/total")])
+def test_training_step(name, terms):
+    "Losses and every parameter's gradient norm, dropout off."
+    m = copy.deepcopy(model_of(name)).train()
+    for o in m.modules():
+        if isinstance(o, torch.nn.Dropout): o.p = 0.0
+        if isinstance(o, torch.nn.MultiheadAttention): o.dropout = 0.0
+    m.config.attention_probs_dropout_prob = 0.0
+    images,captions = inputs(name)
+    left,right = m.encode_images(images),m.encode_captions(captions)
+    terms_list = terms.split("-")
+    total,losses = Criterion(LossSettings(terms=terms_list, weights=[1.0]*len(terms_list)))(m.alignment(left.sets, right.sets), left.matching, right.matching)
+    a = lambda key: steps[f"{name}/{terms}/{key}"]
+    np.testing.assert_allclose(total.item(), a("total"), rtol=1e-5)
+    for t in terms_list: np.testing.assert_allclose(losses[t].item(), a(f"loss_{t}"), rtol=1e-5)
+    total.backward()
+    ours,names = dict(m.named_parameters()),json.loads((v2/"expected"/"param_names.json").read_text())
+    compared = 0
+    for theirs,norm in zip(names, a("grad_norms"), strict=True):
+        p = ours.get(original_name(theirs))
+        if p is None or p.grad is None: assert np.isnan(norm) or norm < 1e-6, theirs
+        elif norm > 1e-6: np.testing.assert_allclose(p.grad.norm(), norm, rtol=1e-4, err_msg=theirs); compared += 1
+    assert compared > 20
