@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from aladin.config import DataSettings, LossSettings, write_json
-from aladin.data import ImageBatch, Ragged, RetrievalSet, load_tokenizer
-from aladin.embeddings import Embeddings, ScoreTiles, encode_split
+from aladin.config import DataSettings, write_json
+from aladin.data import Ragged, RetrievalSet, load_tokenizer
+from aladin.embeddings import Embeddings, encode_split
 from aladin.evaluation import EntangledScorer, retrieval_ranks
 from aladin.experiments import provenance
 from aladin.heads import alignment_scores

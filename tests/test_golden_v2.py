@@ -19,7 +19,7 @@ from aladin.data import ImageBatch, Ragged
 from aladin.detections import SOURCES, DeticShelve, MergedRegions, suppress, tag_sentences, unify_classes
 from aladin.losses import Criterion, infonce_loss, triplet_loss
 from aladin.model import AladinModel, original_name
-from aladin.regions import RegionStore, TsvRegions, box_geometry
+from aladin.regions import RegionStore, TsvRegions
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v2 = here/"v2" if (here/"v2").is_dir() else here
