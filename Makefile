@@ -62,7 +62,7 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
-	$(RUN) $(BIN)/python -m pytest tests
+	$(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 bench: $(VENV)/.core ## measure speed and memory against plain references, into results/benchmarks.md (15 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))

@@ -63,15 +63,17 @@ def _plan(a):
 def _evaluate(a):
     import torch
     from aladin.data import read_keys
-    from aladin.embeddings import load_embeddings
+    from aladin.embeddings import hubness, load_embeddings
     from aladin.evaluation import bootstrap_intervals, fold_metrics, ranks_metrics, retrieval_ranks
     if a.ndcg and not a.data: raise InputError("--ndcg", "option --data", "the data folder with the captions", "none", "add --data DIR")
+    if a.bank and a.folds: raise InputError("--bank", "option --folds", "one of the two", "both", "leave one out")
     if a.judgements and not a.names: raise InputError("--judgements", "option --names", "the table of image ids and file names", "none", "add --names FILE")
     embeddings = load_embeddings(a.embeddings)
     if a.keys: embeddings = embeddings.subset(read_keys(a.keys))
     if a.folds and len(embeddings.image_ids) % a.folds: raise InputError(a.embeddings, "images", f"a multiple of {a.folds} for --folds {a.folds}", len(embeddings.image_ids), "choose the images with --keys, or other folds")
     if torch.cuda.is_available(): embeddings = embeddings.to("cuda")
-    ranks = None if a.folds else retrieval_ranks(embeddings, a.head, a.memory, torch.bfloat16 if a.bfloat16 else None, progress=True)
+    near = hubness(embeddings, load_embeddings(a.bank).to(embeddings.caption_image.device), a.head) if a.bank else None
+    ranks = None if a.folds else retrieval_ranks(embeddings, a.head, a.memory, torch.bfloat16 if a.bfloat16 else None, True, near)
     metrics = fold_metrics(embeddings, a.head, a.folds, progress=True) if a.folds else ranks_metrics(*ranks)
     if a.intervals and ranks: metrics["intervals"] = bootstrap_intervals(*ranks, embeddings.caption_image.cpu())
     if a.ndcg: metrics["ndcg"] = _ndcg(a, embeddings)
@@ -190,6 +192,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--head", choices=("matching", "alignment"), default="matching", help="which head (default: matching)")
     p.add_argument("--json", metavar="FILE", help="write the metrics here, in percent")
     p.add_argument("--folds", type=int, metavar="N", help="the mean over N equal parts of the images: 5 for COCO's 5-fold 1K")
+    p.add_argument("--bank", metavar="FILE", help="encoded training images and captions: correct the recalls for hubness (CSLS)")
     p.add_argument("--intervals", action="store_true", help="bootstrap intervals (95 %%) of every figure, unless --folds")
     p.add_argument("--ndcg", nargs="?", const="rouge", choices=("rouge", "spice"), help="NDCG@25 too, with relevances by ROUGE-L (the default) or SPICE (needs pycocoevalcap and Java); needs --data")
     p.add_argument("--judgements", metavar="FILE", help="rank correlation with Flickr8k's human judgements too (ExpertAnnotations.txt or CrowdFlowerAnnotations.txt, may be gzipped); needs --names")

@@ -230,16 +230,18 @@ def open_split(
     split:str, # train, minival or test
     tokenizer, # from `load_tokenizer`
     features=None, # folder with the regions, or an opened one; when not given data/regions if there, else data
-    keys=None, # key file that chooses and orders the images; a name is looked up in `data`
+    keys=None, # key file that chooses and orders the images, a name is looked up in `data`; or a list of ids
     settings:DataSettings|None=None, # lengths and captions an image
 )->RetrievalSet:
     "Open one split of a data set in the authors' layout."
     path = captions_file(data, split)
     captions = read_captions(path)
-    if keys:
+    if isinstance(keys, list): wanted = keys
+    elif keys:
         path = Path(data)/keys
         if not path.exists() and Path(keys).exists(): path = Path(keys)
         wanted = read_keys(path)
+    if keys:
         absent = [k for k in wanted if k not in captions]
         if absent: raise InputError(path, f"image {absent[0]}", f"an image of {captions_file(data, split).name}", "no captions for it", "check that keys and captions belong together")
         captions = {k: captions[k] for k in wanted}

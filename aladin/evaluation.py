@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import InputError, atomic_write
-from .embeddings import Embeddings, ScoreTiles, encode_split, score_matrix
+from .embeddings import Embeddings, ScoreTiles, encode_split, hubness, score_matrix
 
 # %% ../nbs/11_evaluation.ipynb #f82ea059
 def image_to_text_ranks(
@@ -71,9 +71,10 @@ def retrieval_ranks(
     memory:float=1.0, # GiB that it may take beyond the embeddings
     dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16
     progress:bool=False, # show a progress bar
+    hubness:tuple|None=None, # of `hubness`, to subtract
 )->tuple: # ranks of the images [images] and of the captions [captions], 0-based arrays
     "Both directions' ranks from one pass over the scores, by counting; the matrix is never whole in memory and nothing is sorted."
-    tiles,owner = ScoreTiles(embeddings, head, memory, dtype),embeddings.caption_image
+    tiles,owner = ScoreTiles(embeddings, head, memory, dtype, hubness),embeddings.caption_image
     at = dict(device=owner.device)
     bar = tqdm(total=len(tiles)**2, desc=head, disable=not progress)
     best,right = torch.full((len(embeddings.image_ids),), -torch.inf, **at),torch.zeros(len(owner), **at) # the score to beat
@@ -103,12 +104,14 @@ def evaluate_embeddings(
     embeddings:Embeddings, # an encoded split
     heads:tuple=("alignment", "matching"), # which heads
     progress:bool=False, # show progress bars
+    bank:Embeddings|None=None, # correct the scores for hubness, measured on these
 )->dict: # head -> metrics and the seconds that scoring took
     "Metrics of each head over the whole split; raises FloatingPointError where a score is no number."
     out = {}
     for head in heads:
         start = time.perf_counter()
-        out[head] = ranks_metrics(*retrieval_ranks(embeddings, head, progress=progress)) | dict(seconds=time.perf_counter() - start)
+        near = hubness(embeddings, bank, head) if bank else None
+        out[head] = ranks_metrics(*retrieval_ranks(embeddings, head, progress=progress, hubness=near)) | dict(seconds=time.perf_counter() - start)
     return out
 
 def evaluate_model(

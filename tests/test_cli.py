@@ -87,12 +87,14 @@ def test_evaluation_protocols(embeddings, tmp_path, capsys):
     n = len(e.image_ids)//5
     parts = [evaluate_embeddings(e.subset(e.image_ids[i*n:i*n + n]), ("alignment",))["alignment"] for i in range(5)]
     assert json.loads(out.read_text())["t2i"]["r5"] == pytest.approx(np.mean([p["t2i"]["r5"] for p in parts]))
+    assert evaluate("--bank", str(embeddings)) == 0
+    assert json.loads(out.read_text())["t2i"] == evaluate_embeddings(e, ("alignment",), bank=e)["alignment"]["t2i"]
     (tmp_path/"names.tsv").write_text("".join(f"{i}\t{i}.jpg\ttest\n" for i in e.image_ids))
     scores = score_matrix(e)
     (tmp_path/"expert.txt").write_text("".join(f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t" + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n" for i in range(8) for c in range(8) for k in range(5)))
     assert evaluate("--judgements", str(tmp_path/"expert.txt"), "--names", str(tmp_path/"names.tsv")) == 0
     assert json.loads(out.read_text())["judgements"] == pytest.approx(dict(tau_b=1, rho=1, pairs=320), abs=1e-2)
-    for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"), (["--folds", "7"], "multiple of 7")):
+    for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"), (["--folds", "7"], "multiple of 7"), (["--folds", "5", "--bank", "x"], "--bank")):
         assert evaluate(*options) == 2 and word in capsys.readouterr().err
 
 

@@ -91,7 +91,7 @@ def profile(tmp_path):
     return str(tmp_path/"profile")
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=180):
     until = time.time()+seconds
     while not what():
         assert time.time() < until
