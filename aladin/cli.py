@@ -39,17 +39,25 @@ def _train(a):
     if summary["teacher"]: print(f"{len(summary['teacher']['taken'])} tensors from {a.teacher}, new: {', '.join(summary['teacher']['left'])}")
     for head,m in summary["minival"].items(): print(f"minival {head}: rsum {m['rsum']:.1f} (step {summary['best_step']})")
 
+def _make_clip(a):
+    from aladin.data import captions_file, read_captions
+    from aladin.detections import make_clip
+    make_clip(a.out, [c for texts in read_captions(captions_file(a.data, "train")).values() for c in texts], a.dim, a.layers, seed=a.seed or 0)
+    print(f"{a.out}: a CLIP text model of width {a.dim}, {a.layers} layers, with random weights")
+
 def _settings_of(model, a):
     "The lengths that the model was trained with, unless the user says otherwise."
-    return DataSettings(max_tokens=a.max_tokens or model.config.max_tokens, max_tags=0 if a.max_tokens else model.config.max_tags, max_regions=a.max_regions or model.config.max_regions)
+    return DataSettings(max_tokens=a.max_tokens or model.config.max_tokens, max_tags=0 if a.max_tokens else model.config.max_tags, max_regions=a.max_regions or model.config.max_regions,
+                        **{k: getattr(model.config, k) for k in ("detections", "merge", "tag_reader", "caption_reader", "count_tags", "clip")})
 
 def _encode(a):
     import torch
-    from aladin.data import load_tokenizer, open_split
+    from aladin.data import load_tokenizer
+    from aladin.detections import open_inputs
     from aladin.embeddings import encode_to_file
     from aladin.model import load_model
     model = load_model(a.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    data = open_split(a.data, a.split, load_tokenizer(a.vocabulary or a.model), a.features, a.keys, _settings_of(model, a))
+    data = open_inputs(a.data, a.split, load_tokenizer(a.vocabulary or a.model), _settings_of(model, a), a.keys, a.features, progress=True)
     images,regions,captions,words = encode_to_file(model, data, a.out, a.batch_size, autocast=torch.bfloat16 if a.bfloat16 else None, dtype=a.dtype)
     print(f"{a.out}: {images} images with {regions} regions, {captions} captions with {words} words")
 
@@ -166,6 +174,10 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors (default: float32)")
     p.add_argument("--force", action="store_true", help="replace a store that is there")
     _options(p, "out")
+    p = command(_make_clip, "make a small CLIP text model with random weights, its word pieces learnt from the training captions", "  aladin make-clip --data flickr8k --out models/small_clip\n  (a trained one: any CLIP text model in the form of transformers, named as data.clip in the settings)")
+    p.add_argument("--dim", type=int, default=64, help="width of its vectors (default: 64)")
+    p.add_argument("--layers", type=int, default=2, help="layers (default: 2)")
+    _options(p, "data", "out", "seed")
     p = command(_train, "train one configuration on a prepared folder", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")

@@ -120,7 +120,13 @@ class DataSettings:
     max_tokens:int = 70 # word pieces of a caption, with the two special ones
     max_regions:int = 50 # regions of an image; detections beyond are cut
     captions_per_image:int = 5 # the first so many captions of an image are used
-    max_tags:int = 0 # word pieces of an image's tags, with the two special ones; 0: max_tokens, as in the originals
+    max_tags:int = 0 # word pieces of an image's tags, with the two special ones, or sentences of them; 0: max_tokens, as in the originals
+    detections:Literal["fast", "det", "det_padded", "det+fast", "det+fast_labels"] = "fast" # ALADIN-2.0: whose regions and tags, see `MergedRegions`
+    merge:Literal["aligned", "published"] = "aligned" # how two detectors are merged: as meant, or with the originals' mistakes
+    tag_reader:Literal["words", "clip"] = "words" # what reads the tags: the word table, or CLIP a sentence for each
+    caption_reader:Literal["words", "clip"] = "words" # what reads the captions before the backbone
+    count_tags:bool = False # CLIP: one sentence for equal tags, with their number
+    clip:str = "" # folder or name of a CLIP text model for `transformers`; none: the data set's own, clip/ in its folder
 
 @dataclass
 class LossSettings:
@@ -233,6 +239,9 @@ def _check(config, path):
     tasks = config.training.pretrain_losses
     if not tasks or len(set(tasks)) < len(tasks): refuse("training.pretrain_losses", "one or more different losses", tasks)
     for task in tasks: _check_type(path, "training.pretrain_losses", Literal["words", "regions", "contrast"], task)
+    if config.data.caption_reader == "clip" and t.pretrain_steps and "words" in t.pretrain_losses:
+        refuse("training.pretrain_losses", "no words where CLIP reads the captions: there are no word pieces to hide", t.pretrain_losses, "choose regions and contrast")
+    if config.data.count_tags and config.data.tag_reader != "clip": refuse("data.count_tags", "false unless data.tag_reader is clip", "true")
     _check_variants(model, loss.terms, refuse)
     if model.freeze_backbone and loss.terms == ["alignment"] and not model.alignment_layers and model.depth_alignment == "none":
         refuse("model.freeze_backbone", "false for a loss of the alignment head, which has no weights of its own", "true")

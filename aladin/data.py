@@ -179,7 +179,7 @@ class Ragged:
 @dataclass
 class ImageBatch:
     "What the backbone reads of some images."
-    tags:Ragged # word pieces of the tags, int64 [total tokens]
+    tags:Ragged # word pieces of the tags, int64 [total tokens], or CLIP's vectors, float32 [total sentences, clip_dim]
     regions:Ragged # region vectors, float32 [total regions, region_dim]
     def to(self, *args): return ImageBatch(self.tags.to(*args[:1]), self.regions.to(*args))
 
@@ -191,6 +191,7 @@ class RetrievalSet:
         tokenizer, # from `load_tokenizer`
         settings:DataSettings|None=None, # lengths and captions an image
         path="captions", # what to name in errors
+        clip=None, # ALADIN-2.0: a `ClipReader` for what the settings have CLIP read
     ):
         s = self.settings = settings or DataSettings()
         if not captions: raise InputError(path, "split", "at least one image", "an empty split", "check the caption file or the key file")
@@ -203,8 +204,29 @@ class RetrievalSet:
         self.caption_image = np.repeat(np.arange(len(captions)), [min(len(o), s.captions_per_image) for o in captions.values()])
         self.caption_tokens = tokenize(tokenizer, self.captions, s.max_tokens)
         self.tag_tokens = tokenize(tokenizer, [" ".join(regions.tags(i)) for i in self.image_ids], s.max_tags or s.max_tokens, first="[UNK]")
+        if clip is None and "clip" in (s.tag_reader, s.caption_reader): raise InputError(path, "CLIP", "a text model, as the settings ask for", "none", "open the split with open_inputs")
+        self.tag_inputs = clip.tags([regions.tags(i) for i in self.image_ids], s.count_tags, s.max_tags or s.max_tokens) if s.tag_reader == "clip" else self.tag_tokens
+        self.caption_inputs = clip.captions(self.captions, s.max_tokens) if s.caption_reader == "clip" else self.caption_tokens
+        self.clip = clip
 
     def __len__(self): return len(self.captions)
+
+    @property
+    def caption_lengths(self)->np.ndarray: # int64 [captions]
+        "Tokens of each caption, special ones included."
+        return np.array([len(o) for o in self.caption_inputs])
+
+    @property
+    def tag_lengths(self)->np.ndarray: # int64 [images]
+        "Tokens of each image's tags, special ones included."
+        return np.array([len(o) for o in self.tag_inputs])
+
+    def caption_words(self,
+        caption:int, # caption number
+    )->list: # strings
+        "The word pieces of a caption as its reader splits it, without the special ones."
+        if self.settings.caption_reader == "clip": return self.clip.pieces(self.captions[caption], self.settings.max_tokens)
+        return self.tokenizer.convert_ids_to_tokens(self.caption_tokens[caption].tolist())[1:-1]
 
     @property
     def region_counts(self)->np.ndarray: # int64 [images]
@@ -216,13 +238,13 @@ class RetrievalSet:
     )->ImageBatch:
         "Tags and regions of some images."
         vectors = [np.asarray(self.regions.features(self.image_ids[r])[:self.settings.max_regions], dtype=np.float32) for r in rows]
-        return ImageBatch(Ragged.stack([self.tag_tokens[r] for r in rows]), Ragged.stack(vectors))
+        return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors))
 
     def caption_batch(self,
         rows, # caption numbers
-    )->Ragged: # int64 [total tokens]
-        "Word pieces of some captions."
-        return Ragged.stack([self.caption_tokens[r] for r in rows])
+    )->Ragged: # int64 [total tokens], or float32 [total tokens, clip_dim]
+        "Word pieces of some captions, or CLIP's vectors of them."
+        return Ragged.stack([self.caption_inputs[r] for r in rows])
 
 # %% ../nbs/04_data.ipynb #16dad51d
 def open_split(
@@ -232,6 +254,7 @@ def open_split(
     features=None, # folder with the regions, or an opened one; when not given data/regions if there, else data
     keys=None, # key file that chooses and orders the images, a name is looked up in `data`; or a list of ids
     settings:DataSettings|None=None, # lengths and captions an image
+    clip=None, # a `ClipReader` where the settings ask for it
 )->RetrievalSet:
     "Open one split of a data set in the authors' layout."
     path = captions_file(data, split)
@@ -247,7 +270,8 @@ def open_split(
         captions = {k: captions[k] for k in wanted}
     if features is None: features = Path(data)/"regions" if (Path(data)/"regions").is_dir() else data
     regions = open_regions(features) if isinstance(features, (str, Path)) else features
-    return RetrievalSet(regions, captions, tokenizer, settings, path)
+    captions = {k: v for k,v in captions.items() if k not in getattr(regions, "empty", ())} # those a detector found nothing in
+    return RetrievalSet(regions, captions, tokenizer, settings, path, clip)
 
 # %% ../nbs/04_data.ipynb #ad3584f4
 def training_batches(

@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'plain_unpickle', 'DeticShelve', 'convert_detections', 'unify_classes', 'suppress', 'confidence_statistics',
-           'merge_boxes', 'MergedRegions', 'tag_sentences']
+           'merge_boxes', 'MergedRegions', 'tag_sentences', 'clip_tokens', 'ClipReader', 'make_clip', 'read_inputs',
+           'open_inputs']
 
 # %% ../nbs/14_detections.ipynb #995d4c68
-import dbm, hashlib, io, pickle, warnings
+import dbm, hashlib, html, io, json, pickle, warnings
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from .config import InputError, atomic_dir
-from .regions import Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
+from .config import DataSettings, InputError, atomic_dir, atomic_write
+from .data import captions_file, open_split, read_captions
+from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
 
 # %% ../nbs/14_detections.ipynb #8633957a
 def _array(kind, shape, typecode):
@@ -215,14 +221,17 @@ class MergedRegions(Regions):
         if merge not in ("aligned", "published"): raise ValueError(f"merge {merge!r} is not one of aligned, published")
         needed = dict(fast=fast if source != "det" and source != "det_padded" else None, detic=detic if source != "fast" else None)
         self.fast,self.detic,self.source,self.merge = fast,detic,source,merge
-        self.path = self._index_path = (fast or detic).path
+        self.path = self._index_path = (fast if fast is not None else detic).path
         both = source.startswith("det+fast")
         self.ids = [i for i in ids if any(i in o for o in needed.values() if o is not None) and (not both or i in fast)]
-        self.empty = [i for i in ids if i not in set(self.ids)]
-        _warn_dropped(self.empty, "detections")
-        self.dim = fast.dim if source in ("fast", "det+fast", "det+fast_labels") else detic.dim if source == "det" else width or (fast.dim if fast else 2054)
+        self.empty = set(ids) - set(self.ids)
+        _warn_dropped([i for i in ids if i in self.empty], "detections")
+        self.detic_dim = detic.dim if source in ("det_padded", "det+fast") else 0
+        padded = width or (fast.dim if fast is not None else 2054)
+        self._start = 0 if padded > self.detic_dim else self.detic_dim
+        self.dim = dict(det=detic.dim if detic is not None else 0, fast=padded, **{"det+fast_labels": padded}).get(source, self._start + padded)
         if both: self.statistics = tuple(confidence_statistics(o, ids) for o in (fast, detic))
-        self._index = {o: i for i,o in enumerate(self.ids)}
+        self._index,self._merged = {o: i for i,o in enumerate(self.ids)},{}
         self.detections = self._merged_detections()
 
     def _boxes(self, regions, image_id):
@@ -231,6 +240,7 @@ class MergedRegions(Regions):
 
     def merged(self, image_id)->dict:
         "What `merge_boxes` finds for an image."
+        image_id = str(image_id)
         return merge_boxes(self._boxes(self.fast, image_id), self._boxes(self.detic, image_id), self.statistics, self.merge)
 
     def _merged_detections(self):
@@ -238,7 +248,7 @@ class MergedRegions(Regions):
         for i in self.ids:
             sides = [o for o in ((self.fast if self.source != "det" and self.source != "det_padded" else None), (self.detic if self.source != "fast" else None)) if o is not None]
             tags,boxes,conf = (sum((list(o) for o in part), []) for part in zip(*(self._boxes(o, i) for o in sides)))
-            order = self.merged(i)["order"] if len(sides) == 2 else range(len(tags))
+            order = self._merged[i] = self.merged(i)["order"] if len(sides) == 2 else list(range(len(tags)))
             counts.append(len(order))
             for at in order: codes.append(names.setdefault(tags[at], len(names))); rects.append(boxes[at]); confidences.append(conf[at])
             sizes.append(next((s for o in sides if i in o and (s := o.size(i))), (0, 0)))
@@ -250,7 +260,7 @@ class MergedRegions(Regions):
         if self.source in ("fast", "det+fast_labels"): return [("f", i) for i in range(self.fast.num_regions(image_id))]
         if self.source in ("det", "det_padded"): return [("d", i) for i in range(self.detic.num_regions(image_id))]
         fast,detic = (o.num_regions(image_id) if image_id in o else 0 for o in (self.fast, self.detic))
-        order = self.merged(image_id)["order"]
+        order = self._merged[image_id]
         if self.merge == "aligned": return [("f", i) if i < fast else ("d", i - fast) for i in order]
         return [("d", i) if i < detic else ("f", i - detic) for i in order]
 
@@ -260,12 +270,14 @@ class MergedRegions(Regions):
         return len(self.origins(image_id))
 
     def features(self, image_id)->np.ndarray:
-        "Region vectors, float32 [regions, dim]; Detic's filled up with zeros beside Faster R-CNN's."
+        "Region vectors, float32 [regions, dim]; where both detectors meet, `detic_dim` numbers are Detic's and only its rows have zeros from there on."
         self._row(image_id)
         origins,out = self.origins(image_id),None
         tables = {side: o.features(image_id) for side,o in (("f", self.fast), ("d", self.detic)) if any(s == side for s,_ in origins)}
         out = np.zeros((len(origins), self.dim), np.float32)
-        for row,(side,i) in enumerate(origins): out[row, :tables[side].shape[1]] = tables[side][i]
+        for row,(side,i) in enumerate(origins):
+            start = self._start if side == "f" else 0 # Faster R-CNN's rows reach beyond Detic's, or stand behind them
+            out[row, start:start + tables[side].shape[1]] = tables[side][i]
         return out
 
     @property
@@ -293,3 +305,186 @@ def tag_sentences(
         return f"a photo of {words.number_to_words(count) if count <= 10 else 'many'} {words.plural(head)}{tail}"
     out = ["start of the sequence", *([sentence(n, c) for n,c in counts.items()] if aggregate else [sentence(n, 1) for n in names])]
     return out[:most] if most else out
+
+# %% ../nbs/14_detections.ipynb #09cc3c40
+class _Looked:
+    "Rows of a table for each item: items share what they have in common."
+    def __init__(self, table, rows): self.table,self.rows = table,rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.table[self.rows[i]]
+    def __iter__(self): return (self[i] for i in range(len(self)))
+
+class _Stretches(_Looked):
+    "Stretches of one mapped array."
+    def __init__(self, values, lengths): super().__init__(values, [slice(b - n, b) for n,b in zip(lengths, np.cumsum(lengths))])
+    def __getitem__(self, i): return np.array(self.table[self.rows[i]])
+
+@lru_cache(maxsize=2)
+def _load_clip(name):
+    "Tokenizer and text model, by folder or hub name."
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    try: return CLIPTokenizer.from_pretrained(name),CLIPTextModelWithProjection.from_pretrained(name).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError) as e: raise InputError(name, "CLIP", "a CLIP text model with its tokenizer", str(e).split("\n")[0][:200], "name a folder that transformers can load, or make one with aladin make-clip") from None
+
+def _plain(text):
+    "As CLIP cleans a text: entities resolved, quotes straight, one blank between words."
+    return " ".join(html.unescape(html.unescape(text)).translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")).split())
+
+def clip_tokens(
+    tokenizer, # CLIP's
+    texts:list, # sentences or captions
+    most:int=77, # longest result, start and end included
+    words:int=0, # only the first so many words are read; 0: all
+)->list: # int64 arrays [tokens]
+    "Token numbers between start and end; a longer text is cut so that the end stays."
+    texts = [_plain(" ".join(t.split(" ")[:words]) if words else t) for t in texts]
+    pieces = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [np.array([tokenizer.bos_token_id, *o[:most - 2], tokenizer.eos_token_id], np.int64) for o in pieces]
+
+class ClipReader:
+    "CLIP's text model, frozen, in place of the word table (ALADIN-2.0): what it has read once is kept."
+    def __init__(self,
+        model, # folder or hub name of a CLIP text model with projection
+        cache=None, # folder that keeps what it made; none: nothing is kept
+        batch_size:int=256, # texts at once
+        progress:bool=False, # show progress bars
+    ):
+        self.tokenizer,self.model = _load_clip(str(model))
+        self.cache,self.batch_size,self.progress = Path(cache) if cache else None,batch_size,progress
+        self.dim,projection = self.model.config.hidden_size,self.model.config.projection_dim
+        if self.dim != projection: raise InputError(model, "projection_dim", f"{self.dim}, the width of its tokens", projection, "take a CLIP whose text width is its projection's, such as ViT-B/32")
+        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        for name,o in self.model.state_dict().items(): digest.update(name.encode() + o.contiguous().view(torch.uint8).numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+        self.texts_read = 0 # how many texts went through the model
+
+    @torch.no_grad()
+    def _read(self, tokens):
+        "Projected vectors [texts, dim], and each text's token vectors before the last normalisation."
+        order,sentence,words = np.argsort([len(o) for o in tokens], kind="stable"),torch.empty(len(tokens), self.dim),[None]*len(tokens)
+        seen = []
+        hook = self.model.text_model.final_layer_norm.register_forward_pre_hook(lambda _,x: seen.append(x[0]))
+        try:
+            for at in tqdm(range(0, len(order), self.batch_size), desc="CLIP", unit="batch", disable=not self.progress):
+                rows = order[at:at+self.batch_size]
+                batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(tokens[r]) for r in rows], True, self.tokenizer.eos_token_id)
+                sentence[rows] = self.model(input_ids=batch).text_embeds
+                for r,vectors in zip(rows, seen.pop()): words[r] = vectors[:len(tokens[r])].numpy().copy()
+        finally: hook.remove()
+        self.texts_read += len(tokens)
+        return sentence.numpy(),words
+
+    def _kept(self, kind): return self.cache/f"{kind}-{self.fingerprint}"
+
+    def sentences(self,
+        texts:list, # sentences
+    )->dict: # sentence -> float32 [dim]
+        "A vector for each different sentence."
+        path,known = self.cache and self._kept("sentences").with_suffix(".safetensors"),{}
+        if path and path.exists():
+            with safe_open(path, "np") as f: known = dict(zip(json.loads(f.metadata()["sentences"]), f.get_tensor("vectors")))
+        if new := [t for t in dict.fromkeys(texts) if t not in known]:
+            known |= dict(zip(new, self._read(clip_tokens(self.tokenizer, new))[0]))
+            if path:
+                with atomic_write(path) as part: save_file(dict(vectors=np.stack(list(known.values()))), part, metadata=dict(sentences=json.dumps(list(known))))
+        return known
+
+    def tags(self,
+        tags:list, # each image's class names
+        count:bool=False, # one sentence for equal tags
+        most:int=0, # sentences at most, the start included; 0: all
+    ): # for each image float32 [sentences, dim]
+        "Each image's tags as sentences, a vector each."
+        texts = [tag_sentences(o, count, most) for o in tags]
+        known = self.sentences([t for o in texts for t in o])
+        row = {t: i for i,t in enumerate(known)}
+        return _Looked(np.stack(list(known.values())), [np.array([row[t] for t in o]) for o in texts])
+
+    def captions(self,
+        texts:list, # captions
+        most:int, # longest result, start and end included
+    ): # for each caption float32 [tokens, dim]
+        "A vector for each token of each caption; kept as a mapped file."
+        if not self.cache: return self._read(clip_tokens(self.tokenizer, texts, min(most, 77), most - 2))[1]
+        folder = self._kept(f"captions-{hashlib.sha256(repr([list(texts), most]).encode()).hexdigest()[:12]}")
+        if not folder.is_dir():
+            tokens = clip_tokens(self.tokenizer, texts, min(most, 77), most - 2)
+            lengths = np.array([len(o) for o in tokens], np.int64)
+            with atomic_dir(folder, overwrite=True) as part:
+                out = np.lib.format.open_memmap(part/"values.npy", "w+", np.float32, (int(lengths.sum()), self.dim))
+                starts = np.concatenate([[0], lengths.cumsum()])
+                for at in range(0, len(texts), 20_000): # in pieces: a large split does not fit into memory
+                    out[starts[at]:starts[min(at + 20_000, len(texts))]] = np.concatenate(self._read(tokens[at:at + 20_000])[1])
+                out.flush()
+                np.save(part/"lengths.npy", lengths)
+        return _Stretches(np.load(folder/"values.npy", mmap_mode="r"), np.load(folder/"lengths.npy"))
+
+    def pieces(self, text, most):
+        "What a caption is split into, without start and end."
+        return [o.removesuffix("</w>") for o in self.tokenizer.convert_ids_to_tokens(clip_tokens(self.tokenizer, [text], min(most, 77), most - 2)[0].tolist())[1:-1]]
+
+def make_clip(
+    out, # folder to make
+    texts:list, # what its word pieces are learnt from
+    dim:int=64, # width, and that of the projection
+    layers:int=2, # of the transformer
+    vocabulary:int=2000, # word pieces at most
+    seed:int=0, # of the random weights
+):
+    "A small CLIP text model with random weights and its own byte-pair vocabulary, in the form that `transformers` loads."
+    from tokenizers import trainers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    letters = sorted(_bytes_as_text())
+    learner = CLIPTokenizer(vocab={w: i for i,w in enumerate([*letters, *(c + "</w>" for c in letters), *special])}, merges=[]).backend_tokenizer
+    learner.train_from_iterator(map(_plain, texts), trainers.BpeTrainer(vocab_size=vocabulary, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[], show_progress=False))
+    merges = [tuple(o) for o in json.loads(learner.to_str())["model"]["merges"]]
+    words = [*letters, *(c + "</w>" for c in letters), *dict.fromkeys(a + b for a,b in merges), *special]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = CLIPTextConfig(vocab_size=len(words), hidden_size=dim, projection_dim=dim, intermediate_size=4*dim, num_hidden_layers=layers, num_attention_heads=max(1, dim//32), initializer_factor=5.0,
+                                bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
+        model = CLIPTextModelWithProjection(config)
+    with atomic_dir(out, overwrite=True) as part:
+        model.save_pretrained(part)
+        CLIPTokenizer(vocab={w: i for i,w in enumerate(words)}, merges=merges).save_pretrained(part)
+
+def _bytes_as_text():
+    "The 256 characters that stand for bytes in byte-pair vocabularies."
+    from tokenizers.pre_tokenizers import ByteLevel
+    return ByteLevel.alphabet()
+
+# %% ../nbs/14_detections.ipynb #1e3839ec
+def read_inputs(
+    data, # data folder with detic/ and clip/ where the settings ask for them
+    ids:list, # images of the split
+    settings:DataSettings, # whose detections, who reads what
+    fast, # Faster R-CNN's regions
+    cache=None, # folder that keeps what CLIP made; none: nothing is kept
+    progress:bool=False, # show progress bars
+)->tuple: # the regions, and a `ClipReader` or None
+    "Detic's regions and CLIP as far as the settings ask for them; raises `InputError` where one of them is not there."
+    data,s,regions,clip = Path(data),settings,fast,None
+    if s.detections != "fast":
+        if not (data/"detic").is_dir(): raise InputError(data/"detic", "folder", f"a store of Detic's regions, for data.detections {s.detections}", "nothing there", "make it with aladin convert-detections")
+        regions = MergedRegions(fast, open_regions(data/"detic"), ids, s.detections, s.merge)
+    if "clip" in (s.tag_reader, s.caption_reader):
+        if not s.clip and not (data/"clip").is_dir(): raise InputError(data/"clip", "folder", "a CLIP text model, as the settings name none", "nothing there", "set data.clip, or make one with aladin make-clip")
+        clip = ClipReader(s.clip or data/"clip", cache, progress=progress)
+    return regions,clip
+
+def open_inputs(
+    data, # folder with captions and key files, regions/ and, where the settings ask for them, detic/ and clip/
+    split:str, # train, minival or test
+    tokenizer, # from `load_tokenizer`
+    settings:DataSettings|None=None, # lengths, whose detections, who reads what
+    keys=None, # as in `open_split`
+    features=None, # folder with Faster R-CNN's regions, or an opened one; as in `open_split`
+    progress:bool=False, # show progress bars
+): # a RetrievalSet
+    "`open_split` with Detic's regions and CLIP's vectors where the settings ask for them; raises `InputError` where one of them is not there."
+    data,settings = Path(data),settings or DataSettings()
+    if features is None: features = data/"regions" if (data/"regions").is_dir() else data
+    fast = open_regions(features) if isinstance(features, (str, Path)) else features
+    regions,clip = read_inputs(data, list(read_captions(captions_file(data, split))), settings, fast, data/"clip_cache", progress)
+    return open_split(data, split, tokenizer, regions, keys, settings, clip)

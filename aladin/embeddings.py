@@ -8,7 +8,7 @@ __all__ = ['Embeddings', 'encode_split', 'save_embeddings', 'load_embeddings', '
 
 # %% ../nbs/10_embeddings.ipynb #7e1ff671
 import hashlib, json, os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +63,18 @@ class _Encoding:
         c,counts = model.config,data.region_counts
         self.model,self.data,self.batch_size,self.autocast = model,data,batch_size,autocast
         self.device = next(model.parameters()).device
-        tokens = np.array([len(o) for o in data.caption_tokens])
+        tokens = data.caption_lengths
         self.rows = dict(images=np.maximum(counts - c.drop_first_region, 0), captions=np.maximum(tokens - 2 - c.drop_last_word, 0))
-        self.order = {side: np.argsort(-n, kind="stable") for side,n in dict(images=counts + [len(o) for o in data.tag_tokens], captions=tokens).items()}
+        self.order = {side: np.argsort(-n, kind="stable") for side,n in dict(images=counts + data.tag_lengths, captions=tokens).items()}
         self.dim,self.clamp = c.hidden_size,"never" if c.clamp == "never" else "always"
 
     def _encode(self, side, items):
         if side == "images": return self.model.encode_images(self.data.image_batch(items).to(self.device))
         return self.model.encode_captions(self.data.caption_batch(items).to(self.device))
+
+    def autocasting(self):
+        "The type to compute in, for all batches at once: the weights are then rounded but once."
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @torch.no_grad()
     def fill(self, side, matching, sets, progress, done=0):
@@ -81,7 +85,7 @@ class _Encoding:
         try:
             for at in tqdm(steps[done:], desc=side, initial=done, total=len(steps), unit="batch", disable=not progress):
                 items = order[at:at+self.batch_size]
-                with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None): out = self._encode(side, items)
+                out = self._encode(side, items)
                 matching[items] = out.matching.to("cpu", matching.dtype)
                 sets[np.concatenate([np.arange(offsets[i], offsets[i+1]) for i in items])] = out.sets.values.to("cpu", sets.dtype)
                 done += 1
@@ -100,7 +104,8 @@ def encode_split(
     for side in ("images", "captions"):
         rows = torch.from_numpy(work.rows[side])
         out.append((torch.empty(len(rows), work.dim), Ragged(torch.empty(int(rows.sum()), work.dim), rows)))
-        for _ in work.fill(side, out[-1][0], out[-1][1].values, progress): pass
+        with work.autocasting():
+            for _ in work.fill(side, out[-1][0], out[-1][1].values, progress): pass
     return Embeddings(out[0][0], out[1][0], out[0][1], out[1][1], data.image_ids, torch.as_tensor(data.caption_image), model.config.aggregation, work.clamp)
 
 # %% ../nbs/10_embeddings.ipynb #350dc9e5
@@ -159,7 +164,7 @@ def _map_safetensors(path, shapes, metadata, fresh):
 def _digest(model, data, *settings):
     "Changes with the weights, the split's texts and images, the region store and the settings."
     h = hashlib.sha256(json.dumps([model.config.to_dict(), data.image_ids, data.caption_image.tolist(), [o.tolist() for o in (*data.caption_tokens, *data.tag_tokens)],
-                                   data.settings.max_regions, getattr(data.regions, "fingerprint", ""), *map(str, settings)], default=str).encode())
+                                   asdict(data.settings), getattr(data.clip, "fingerprint", ""), getattr(data.regions, "fingerprint", ""), *map(str, settings)], default=str).encode())
     for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
@@ -190,8 +195,9 @@ def encode_to_file(
             if isinstance(o, np.memmap): o.flush()
         write_json(note, dict(digest=digest, done=done))
     for side,matching,sets in (("images", "image_matching", "regions"), ("captions", "caption_matching", "words")):
-        for done[side] in work.fill(side, *(torch.from_numpy(t[n]) for n in (matching, sets)), progress, done[side]):
-            if done[side] % 100 == 0: keep()
+        with work.autocasting():
+            for done[side] in work.fill(side, *(torch.from_numpy(t[n]) for n in (matching, sets)), progress, done[side]):
+                if done[side] % 100 == 0: keep()
     keep()
     os.replace(part, path)
     note.unlink()

@@ -141,7 +141,7 @@ class EntangledScorer:
         "Score some pairs; pairs of similar length go together."
         captions,images = np.asarray(captions),np.asarray(images)
         d,device,training = self.data,next(self.model.parameters()).device,self.model.training
-        length = np.array([len(o) for o in d.caption_tokens])[captions] + np.array([len(o) for o in d.tag_tokens])[images]
+        length = d.caption_lengths[captions] + d.tag_lengths[images]
         order,out = np.argsort(-length, kind="stable"),torch.empty(len(captions))
         self.model.eval()
         for at in range(0, len(order), self.batch_size):

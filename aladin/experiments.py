@@ -17,7 +17,8 @@ import torch
 
 import aladin
 from .config import ExperimentConfig, InputError, atomic_dir, atomic_write, config_from_dict, config_to_dict, read_json, write_json
-from .data import build_vocabulary, captions_file, load_tokenizer, open_split, read_captions, read_keys
+from .data import build_vocabulary, captions_file, load_tokenizer, read_captions, read_keys
+from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
 from .model import AladinConfig, AladinModel, load_model, save_model, start_from_teacher, start_from_text_model
@@ -60,6 +61,12 @@ def _vocabulary_lines(data, vocabulary, regions):
     texts = [c for texts in captions.values() for c in texts] + [" ".join(regions.tags(i)) for i in captions if i in regions]
     return "\n".join(build_vocabulary(texts)) + "\n"
 
+def _copy_extras(data, out, dtype, progress):
+    "What ALADIN-2.0 reads besides: Detic's regions, as a store or as the originals' shelve, and a CLIP text model."
+    if (data/"detic"/"store.json").exists(): shutil.copytree(data/"detic", out/"detic")
+    elif any((data/f"detic{end}").exists() for end in (".dat", ".db")): convert_detections(data/"detic", out/"detic", dtype=dtype, progress=progress)
+    if (data/"clip").is_dir(): shutil.copytree(data/"clip", out/"clip")
+
 def prepare_data(
     data, # folder with captions and key files, COCO-IR layout
     out, # prepared folder to make
@@ -79,6 +86,7 @@ def prepare_data(
     with atomic_dir(out, overwrite) as part:
         if (source/"store.json").exists(): shutil.copytree(source, part/"regions")
         else: convert_regions(source, part/"regions", dtype=dtype, progress=progress)
+        _copy_extras(data, part, dtype, progress)
         regions = open_regions(part/"regions")
         counts = dict(images=len(regions), region_dim=int(regions.dim))
         for split in ("train", "minival", "test"):
@@ -99,9 +107,11 @@ def prepare_scenes(
     seed:int=0, # of the generator
     progress:bool=True, # show progress bars
 )->dict: # the generator's summary with the symbolic ceiling
-    "Write the embedded data set in the authors' layout."
+    "Write the embedded data set in the authors' layout, with a second detector's regions and a small CLIP text model."
     train,minival,test = SCENES_SIZES[size]
-    return write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress)
+    summary = write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress)
+    make_clip(Path(out)/"clip", [c for texts in read_captions(captions_file(out, "train")).values() for c in texts], seed=seed)
+    return summary
 
 # %% ../nbs/14_experiments.ipynb #08936688
 def needs_teacher(
@@ -110,9 +120,9 @@ def needs_teacher(
     "Whether a student is distilled from a backbone that does not learn: it must be a teacher's."
     return config.model.freeze_backbone and "distillation" in config.loss.terms
 
-def _new_model(config, data, tokenizer, regions):
+def _new_model(config, training, tokenizer):
     "A model of the configuration's geometry, from a text model or random weights."
-    model = AladinModel(AladinConfig.from_settings(config.model, config.data, len(tokenizer), regions.dim))
+    model = AladinModel(AladinConfig.for_split(config, training, len(tokenizer)))
     if config.model.init_from: start_from_text_model(model, config.model.init_from)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -122,10 +132,10 @@ def _start(model, config, data, teacher):
     if teacher: return dict(folder=str(teacher), **start_from_teacher(model, teacher, Path(data)/"vocab.txt"))
 
 def _open_prepared(data, config, *splits):
-    "Tokenizer, regions and splits of a prepared folder."
+    "Tokenizer and splits of a prepared folder."
     if not (Path(data)/"prepared.json").exists(): raise InputError(data, "prepared.json", "a prepared folder", "none", "make one with aladin prepare")
     tokenizer,regions = load_tokenizer(data),open_regions(Path(data)/"regions")
-    return tokenizer,regions,*(open_split(data, s, tokenizer, regions, settings=config.data) for s in splits)
+    return tokenizer,*(open_inputs(data, s, tokenizer, config.data, features=regions) for s in splits)
 
 def pretrain_run(
     config:ExperimentConfig, # its model, data and pre-training settings count
@@ -135,10 +145,10 @@ def pretrain_run(
 )->dict: # seconds and the last losses
     "Pre-train a backbone that several configurations start from: VinVL's stand-in."
     run,start = Path(run),time.perf_counter()
-    tokenizer,regions,training = _open_prepared(data, config, "train")
+    tokenizer,training = _open_prepared(data, config, "train")
     run.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
-    model = _new_model(config, data, tokenizer, regions)
+    model = _new_model(config, training, tokenizer)
     log = pretrain(model, training, config.training, config.seed, progress)
     _write_csv(log, run/"pretraining.csv")
     save_model(model, Path(data)/"vocab.txt", run/"model")
@@ -155,10 +165,10 @@ def train_run(
 )->dict: # best step, its minival metrics, seconds
     "Train one configuration and keep its best model on minival."
     run,start = Path(run),time.perf_counter()
-    tokenizer,regions,training,minival = _open_prepared(data, config, "train", "minival")
+    tokenizer,training,minival = _open_prepared(data, config, "train", "minival")
     run.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
-    model = _new_model(config, data, tokenizer, regions)
+    model = _new_model(config, training, tokenizer)
     taken = _start(model, config, data, teacher)
     if config.training.pretrain_steps and not teacher: _write_csv(pretrain(model, training, config.training, config.seed, progress), run/"pretraining.csv")
     log = TrainingLog(run/"tensorboard")
@@ -180,7 +190,7 @@ def _bank(model, data, config, tokenizer):
     "Some training images and their captions, encoded."
     images = list(read_captions(captions_file(data, "train")))
     chosen = random.Random(config.seed).sample(images, min(BANK_IMAGES, len(images)))
-    return encode_split(model, open_split(data, "train", tokenizer, keys=chosen, settings=config.data), progress=False)
+    return encode_split(model, open_inputs(data, "train", tokenizer, config.data, chosen), progress=False)
 
 def evaluate_run(
     run, # run folder with a trained model
@@ -197,7 +207,7 @@ def evaluate_run(
     heads = trained_heads(config.loss.terms)
     keys = Path(data)/"test_img_keys.tsv"
     tokenizer = load_tokenizer(run/"model")
-    test = open_split(data, "test", tokenizer, keys=keys.name if keys.exists() else None, settings=config.data)
+    test = open_inputs(data, "test", tokenizer, config.data, keys.name if keys.exists() else None)
     bank = _bank(model, data, config, tokenizer)
     embeddings = encode_split(model, test, progress=progress)
     save_embeddings(embeddings, out/"embeddings.safetensors")

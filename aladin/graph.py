@@ -36,9 +36,7 @@ def experiment_config(
     values = config_to_dict(load_config(path))
     if settings:
         source = _named(settings, "settings")
-        if not source.exists(): raise InputError(source, "file", "a YAML file of settings", "nothing there", "check the path")
-        changes = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-        if extra := set(changes) - {"all", "configurations"}: raise InputError(source, f"key {min(extra)}", "all or configurations", "an unknown key", "move it under one of them")
+        changes = _settings(source)
         known = sorted({p.stem for p in (experiments_dir()/"configurations").glob("*.yaml")} | {values["name"]})
         for c in changes.get("configurations") or {}:
             if c not in known: raise InputError(source, f"configurations.{c}", f"one of {', '.join(known)}", "an unknown configuration", f"did you mean {difflib.get_close_matches(c, known, 1, 0)[0]}?")
@@ -46,6 +44,14 @@ def experiment_config(
         path = f"{path} with {source}"
     if seed is not None: values["seed"] = seed
     return config_from_dict(values, path)
+
+def _settings(source):
+    "What a settings file says, on top of the one that it names as its base."
+    if not source.exists(): raise InputError(source, "file", "a YAML file of settings", "nothing there", "check the path")
+    changes = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    if extra := set(changes) - {"base", "all", "configurations"}: raise InputError(source, f"key {min(extra)}", "base, all or configurations", "an unknown key", "move it under one of them")
+    base = changes.pop("base", None)
+    return _merge(_settings(_named(base, "settings")), changes) if base else changes
 
 def _named(name, kind):
     "A YAML file by its path or by its name among the experiment files."
@@ -100,7 +106,7 @@ def run_notebook(
 CONFIGURATIONS = ("alad-alignment-triplet", "alad-matching-triplet-finetune", "alad-matching-distill-finetune", "alad-matching-triplet-e2e",
                   "alad-alignment-and-matching-distill", "alad-alignment-and-matching-triplet0.1-plus-distill")
 TEACHER = "alad-alignment-triplet" # whose backbone the frozen students take
-_CODE = ("config", "regions", "data", "backbone", "heads", "losses", "model", "training", "embeddings", "evaluation")
+_CODE = ("config", "regions", "data", "backbone", "heads", "losses", "model", "detections", "training", "embeddings", "evaluation")
 
 def _digest(*values):
     "A short text that changes with the values."
@@ -112,7 +118,7 @@ def _code_digest():
 
 def _stamps(*folders):
     "Names, sizes and times of the source files, to notice that they were written anew."
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for f in folders if f for p in ([Path(f)] if Path(f).is_file() else sorted(Path(f).iterdir())) if p.is_file()]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for f in folders if f for p in ([Path(f)] if Path(f).is_file() else sorted([*Path(f).iterdir(), *Path(f).glob("detic/*"), *Path(f).glob("clip/*")])) if p.is_file()]
 
 def _run(configuration, settings, seed, config):
     "What the graph knows of a run: a frozen backbone starts from the teacher, another from the pre-training; only a run that trains the alignment head shows its attention."
@@ -149,7 +155,7 @@ def describe(
     folder = Path(out)/name
     source = dict(data=str(data or ""), features=str(features or ""), size=size, seed=0, vocabulary=str(vocabulary or ""))
     graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads, pictures=str(pictures or data or folder/"scenes"),
-                 prepare=dict(parameters=source, digest=_digest(source, _stamps(data, features, vocabulary), *([(Path(aladin.__file__).parent/"scenes.py").read_text(encoding="utf-8")] if data is None else []))), runs={})
+                 prepare=dict(parameters=source, digest=_digest(source, _stamps(data, features, vocabulary), *([(Path(aladin.__file__).parent/f"{m}.py").read_text(encoding="utf-8") for m in ("scenes", "detections")] if data is None else []))), runs={})
     for configuration in configurations:
         first = experiment_config(configuration, settings, seed)
         for number in range(first.seed, first.seed+seeds):

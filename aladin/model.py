@@ -26,6 +26,8 @@ def _variant(settings):
     "The settings of depth aggregation and extra layers."
     return {k: getattr(settings, k) for k in ("depth_alignment", "depth_matching", "post_layers", "alignment_layers", "separate_streams")}
 
+_INPUTS = ("detections", "merge", "tag_reader", "caption_reader", "count_tags", "clip") # what `DataSettings` tells of ALADIN-2.0's inputs
+
 class AladinConfig(PreTrainedConfig):
     "Geometry of the backbone (BERT's names) and of the heads."
     model_type = "aladin"
@@ -63,6 +65,12 @@ class AladinConfig(PreTrainedConfig):
         separate_streams=False, # own alignment_layers for images and captions
         detic_dim=0, # ALADIN-2.0: numbers of a Detic region; such rows, filled up with zeros, have a projection of their own. 0: none come
         clip_dim=0, # ALADIN-2.0: width of CLIP's vectors in place of word pieces. 0: none come
+        detections="fast", # whose regions and tags the model was trained with: see `DataSettings`, as for the next five
+        merge="aligned", # how two detectors were merged
+        tag_reader="words", # what read the tags: words or clip
+        caption_reader="words", # what read the captions: words or clip
+        count_tags=False, # one sentence for equal tags
+        clip="", # the CLIP text model; none: the data set's own
         **kwargs,
     ):
         for name,value in list(locals().items()):
@@ -72,11 +80,22 @@ class AladinConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def for_split(cls,
+        config, # an ExperimentConfig
+        split, # the RetrievalSet to train on
+        vocab_size:int, # word pieces of the tokenizer
+    ):
+        "The geometry that a configuration asks for on some data."
+        return cls.from_settings(config.model, config.data, vocab_size, split.regions.dim, getattr(split.regions, "detic_dim", 0), split.clip.dim if split.clip else 0)
+
+    @classmethod
     def from_settings(cls,
         model:ModelSettings, # of an experiment
         data:DataSettings, # of an experiment
         vocab_size:int, # word pieces of the tokenizer
         region_dim:int, # width of the region vectors
+        detic_dim:int=0, # numbers of a Detic region beside Faster R-CNN's; 0: none come
+        clip_dim:int=0, # width of CLIP's vectors; 0: none come
     ):
         "The geometry that an experiment's configuration asks for."
         m = model
@@ -84,7 +103,7 @@ class AladinConfig(PreTrainedConfig):
                    intermediate_size=m.intermediate_size, hidden_dropout_prob=m.dropout, attention_probs_dropout_prob=m.dropout,
                    region_dim=region_dim, region_layer_norm=m.region_layer_norm, matching_layers=m.matching_layers, head_dropout=m.dropout,
                    aggregation=m.aggregation, drop_first_region=m.drop_first_region, drop_last_word=m.drop_last_word, clamp=m.clamp,
-                   max_tokens=data.max_tokens, max_tags=data.max_tags, max_regions=data.max_regions, **_variant(m))
+                   max_tokens=data.max_tokens, max_tags=data.max_tags, max_regions=data.max_regions, detic_dim=detic_dim, clip_dim=clip_dim, **{k: getattr(data, k) for k in _INPUTS}, **_variant(m))
 
 # %% ../nbs/08_model.ipynb #6f5c520c
 @dataclass
@@ -303,7 +322,7 @@ def save_model(
         shutil.copyfile(vocabulary, part/"vocab.txt")
 
 # %% ../nbs/08_model.ipynb #d2528fd2
-_TEACHER_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "region_dim", "region_layer_norm",
+_TEACHER_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "region_dim", "region_layer_norm", "detic_dim", "clip_dim", *_INPUTS[:-1],
                  "aggregation", "drop_first_region", "drop_last_word", "clamp", "max_tokens", "max_tags", "max_regions", "depth_alignment", "alignment_layers", "separate_streams")
 _STUDENTS_OWN = ("matching.", "depth.", "post_layers.") # what a teacher may lack
 

@@ -17,6 +17,7 @@ import torch
 
 from .config import ExperimentConfig, InputError, read_json
 from .data import RetrievalSet, captions_file, load_tokenizer, read_captions, read_keys
+from .detections import read_inputs
 from .embeddings import encode_split
 from .evaluation import evaluate_embeddings
 from .experiments import _vocabulary_lines, needs_teacher
@@ -119,14 +120,15 @@ def measure(
     regions, # from `open_regions`
     tokenizer, # from `load_tokenizer`
     steps:int=3, # training steps to measure, at least one
+    clip=None, # a `ClipReader` where the configuration asks for it
 )->Measured:
     "Time a few real steps; raises `InputError` where model.init_from does not fit, FloatingPointError where the loss is no number."
     steps = max(1, steps)
     chosen = np.random.default_rng(config.seed).permutation(sorted(captions))[:config.training.batch_size*(steps+1)].tolist()
-    sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, tokenizer, config.data)
+    sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, tokenizer, config.data, clip=clip)
     data,few,gpu = sample(len(chosen)),sample(32),torch.cuda.is_available()
     set_seed(config.seed)
-    model = AladinModel(AladinConfig.from_settings(config.model, config.data, len(tokenizer), regions.dim)).to("cuda" if gpu else "cpu")
+    model = AladinModel(AladinConfig.for_split(config, data, len(tokenizer))).to("cuda" if gpu else "cpu")
     if Path(config.model.init_from or "-").is_dir(): start_from_text_model(model, config.model.init_from)
     reading,_ = _timed(lambda: [regions.features(i) for i in few.image_ids])
     pretraining = _pretraining_seconds(model, data, config, steps)
@@ -228,17 +230,27 @@ def _tokenizer(data, vocabulary, regions, found, stack):
     if lines: (folder/"vocab.txt").write_text(lines, encoding="utf-8")
     return load_tokenizer(folder) if lines else None,folder/"vocab.txt","made from the training captions"
 
-def _check_teacher(teacher, config, regions, tokenizer, vocabulary, found):
-    "Whether a student could start from it: geometry, tags, vocabulary and tensors."
-    if not config or regions is None or not tokenizer: found.attempt(load_model, teacher)
-    else: found.attempt(lambda: start_from_teacher(AladinModel(AladinConfig.from_settings(config.model, config.data, len(tokenizer), regions.dim)), teacher, vocabulary))
+_SAMPLE = 5000 # training images whose detections are merged for a trial
 
-def _measured(config, captions, regions, tokenizer, counts, steps, found):
+def _inputs(config, data, captions, regions, counts, found):
+    "Regions and CLIP as the configuration asks for them, with some training images to try them on."
+    if not config or regions is None: return
+    usable = [i for i in captions.get("train", {}) if i in counts and i in regions.detections][:_SAMPLE]
+    inputs = found.attempt(read_inputs, data, usable, config.data, regions) if usable else None
+    return inputs and (*inputs,{i: captions["train"][i] for i in usable if i in inputs[0]})
+
+def _check_teacher(teacher, config, inputs, tokenizer, vocabulary, found):
+    "Whether a student could start from it: geometry, tags, vocabulary and tensors."
+    if not inputs or not tokenizer: return found.attempt(load_model, teacher)
+    regions,clip,usable = inputs
+    split = RetrievalSet(regions, dict(list(usable.items())[:1]), tokenizer, config.data, clip=clip)
+    found.attempt(lambda: start_from_teacher(AladinModel(AladinConfig.for_split(config, split, len(tokenizer))), teacher, vocabulary))
+
+def _measured(config, inputs, tokenizer, steps, found):
     "What `measure` tells, where there is enough to measure with."
-    if not config or regions is None or not tokenizer: return
-    usable = {i: c for i,c in captions.get("train", {}).items() if i in counts and i in regions.detections}
-    if not usable: return
-    try: return found.attempt(measure, config, usable, regions, tokenizer, steps)
+    if not inputs or not tokenizer: return
+    regions,clip,usable = inputs
+    try: return found.attempt(measure, config, usable, regions, tokenizer, steps, clip)
     except FloatingPointError as e: found.problem(e)
     except torch.OutOfMemoryError: found.problem(InputError(config.name, "training.batch_size", "batches that fit into the memory of the GPU", config.training.batch_size, "make the batch or the network smaller"))
 
@@ -264,8 +276,9 @@ def plan(
     regions,counts = check_regions(source, captions, found)
     with ExitStack() as stack:
         tokenizer,file,vocabulary = _tokenizer(data, vocabulary, regions, found, stack)
-        if teacher: _check_teacher(teacher, config, regions, tokenizer, file, found)
-        m = _measured(config, captions, regions, tokenizer, counts, steps, found)
+        inputs = _inputs(config, data, captions, regions, counts, found)
+        if teacher: _check_teacher(teacher, config, inputs, tokenizer, file, found)
+        m = _measured(config, inputs, tokenizer, steps, found)
     prepared = (data/"prepared.json").exists()
     needs = _disk_needs(regions, counts, prepared, m, len(captions.get("test", {})), getattr(regions, "dtype", "float32"))
     free = _check_disk(out, needs, found)

@@ -47,6 +47,12 @@ def _region_tags(data, image_id, boxes):
     tags,rects = tags[:len(boxes)],rects[:len(boxes)]
     return tags if size is None or np.allclose(rects/np.array([*size, *size]), boxes, atol=.02) else None
 
+def _boxes(vectors, detic_dim):
+    "Relative x1 y1 x2 y2 of region vectors: before height and width at the end of each row, or of Detic's part of it."
+    boxes = vectors[:, -6:-2].copy()
+    if detic_dim and len(rows := np.flatnonzero(~vectors[:, detic_dim:].any(1))): boxes[rows] = vectors[rows, detic_dim-6:detic_dim-2]
+    return boxes
+
 @torch.no_grad()
 def attend(
     model:AladinModel, # a model; left as it was
@@ -62,8 +68,9 @@ def attend(
     words = model.encode_captions(data.caption_batch([caption]).to(device), matching=False).sets
     model.train(training)
     score = alignment_scores(regions, words, "MrSw", "never" if c.clamp == "never" else "always").item()
-    pieces = data.tokenizer.convert_ids_to_tokens(data.caption_tokens[caption].tolist())[1:-1-int(c.drop_last_word)]
-    boxes,first,image_id = batch.regions.values[:, -6:-2].numpy(),int(c.drop_first_region),data.image_ids[image]
+    pieces = data.caption_words(caption)
+    if c.drop_last_word: pieces = pieces[:-1]
+    boxes,first,image_id = _boxes(batch.regions.values.numpy(), c.detic_dim),int(c.drop_first_region),data.image_ids[image]
     tags = _region_tags(data, image_id, boxes)
     return Attention(image_id, data.captions[caption], pieces, boxes[first:], tags and tags[first:],
                      (regions.values @ words.values.T).float().cpu().numpy(), score)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'GROUP_WORDS', 'COLOURS', 'SIZES', 'GROUNDS', 'WORDS', 'GROUP_OF', 'PICTURE_SIZE', 'FEATURE_DIM',
-           'SPLIT_START', 'draw_scene', 'make_scene', 'near_twin', 'make_family', 'relations', 'scene_facts',
-           'satisfied', 'caption_scene', 'symbolic_ceiling', 'detect_regions', 'scene_vocabulary', 'write_scenes',
-           'load_scenes_truth']
+           'DETIC_DIM', 'SPLIT_START', 'draw_scene', 'make_scene', 'near_twin', 'make_family', 'relations',
+           'scene_facts', 'satisfied', 'caption_scene', 'symbolic_ceiling', 'detect_again', 'detect_regions',
+           'scene_vocabulary', 'write_scenes', 'load_scenes_truth']
 
 # %% ../nbs/03_scenes.ipynb #9f825099
-import base64, json, multiprocessing
+import base64, hashlib, json, multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .config import InputError, atomic_dir, read_json
+from .regions import Detections, Regions, _write_store
 
 # %% ../nbs/03_scenes.ipynb #c012f87e
 CATEGORIES = { # group -> category -> the words that name it
@@ -375,27 +376,27 @@ def _confuse(category, rng):
     pool = CATEGORIES[GROUP_OF[category]] if rng.random() < .8 else GROUP_OF
     return _pick(rng, [c for c in pool if c != category])
 
-def _see(kind, value, rng):
+def _see(kind, value, rng, right=_RIGHT):
     "Evidence for one attribute: strongest for the true value, or sometimes for another."
-    if rng.random() >= _RIGHT[kind]: value = _confuse(value, rng) if kind == "category" else _pick(rng, [v for v in _CODES[kind] if v != value])
+    if rng.random() >= right[kind]: value = _confuse(value, rng) if kind == "category" else _pick(rng, [v for v in _CODES[kind] if v != value])
     out = rng.normal(0, .12, _EVIDENCE[kind])
     out[_CODES[kind][value]] += rng.uniform(.7, 1.2)
     return out, value
 
-def _project(evidence, rng):
+def _project(evidence, rng, projection=_PROJECTION):
     latent = np.concatenate([evidence, rng.normal(0, .35, _NUISANCE)])
-    return (latent[:, None] * _PROJECTION).sum(0) + rng.normal(0, .03, FEATURE_DIM)
+    return (latent[:, None] * projection).sum(0) + rng.normal(0, .03, projection.shape[1])
 
 def _jitter(box, amount, rng):
     w, h = box[2] - box[0], box[3] - box[1]
     x1, y1, x2, y2 = np.clip(np.array(box) + rng.normal(0, amount, 4) * [w, h, w, h], 0, PICTURE_SIZE).tolist()
     return [round(v, 1) for v in (x1, y1, max(x2, x1 + 4), max(y2, y1 + 4))]
 
-def _see_object(scene, number, doubled, rng):
+def _see_object(scene, number, doubled, rng, right=_RIGHT):
     "One detection of an object: (evidence, tag, box, confidence, object number)."
     thing = scene["objects"][number]
     box = _jitter(thing["box"], .1 if doubled else .04, rng)
-    parts, seen = zip(*(_see(kind, thing[kind], rng) for kind in ("category", "colour", "texture", "size")))
+    parts, seen = zip(*(_see(kind, thing[kind], rng, right) for kind in ("category", "colour", "texture", "size")))
     place = np.array(_centre(box)) / PICTURE_SIZE - .5
     tag = seen[0] if rng.random() < .95 else _confuse(seen[0], rng)
     confidence = rng.beta(9, 2) * (.8 if doubled else 1)
@@ -408,6 +409,30 @@ def _see_nothing(scene, rng):
     place = np.array(_centre(box)) / PICTURE_SIZE - .5
     tag = scene["ground"] if rng.random() < .5 else _pick(rng, GROUP_OF)
     return np.concatenate([*parts, .8 * _see("ground", scene["ground"], rng)[0], place]), tag, box, rng.beta(3, 5), None
+
+def _region_rows(found, rng, projection=_PROJECTION):
+    "The vectors of some detections with their six box numbers; without errors of the computer's last digits."
+    corners = np.array([f[2] for f in found], float) / PICTURE_SIZE
+    geometry = np.concatenate([corners, corners[:, [3]] - corners[:, [1]], corners[:, [2]] - corners[:, [0]]], 1)
+    return np.concatenate([np.stack([_project(f[0], rng, projection) for f in found]), geometry], 1).round(5).astype("<f4")
+
+DETIC_DIM = 1024 # numbers of a region of the second detector before x1 y1 x2 y2 h w
+_DETIC_PROJECTION = np.random.default_rng(20220915).normal(size=(sum(_EVIDENCE.values()) + _NUISANCE, DETIC_DIM)) / 8
+_DETIC_RIGHT = _RIGHT | dict(category=.97, colour=.75, texture=.6, size=.8) # it knows what a thing is better than how it looks
+_DETIC_NAMES = {c: words[-1].replace(" ", "_") if len(words) > 1 else f"{c}_({GROUP_OF[c]})" for c, words in _NOUNS.items()} # such as mug, kite_(toy)
+
+def detect_again(
+    scene:dict, # a scene
+    seed, # number, list of numbers or NumPy generator
+)->tuple: # features [regions, DETIC_DIM + 6] float32; detections [{class, rect, conf}]
+    "What a second detector finds, Detic's stand-in: other vectors, other names, surer of classes and of small things, less of looks; always something."
+    rng, found = np.random.default_rng(seed), []
+    for number in range(len(scene["objects"])):
+        if rng.random() < .08 and (found or number + 1 < len(scene["objects"])): continue
+        found.append(_see_object(scene, number, False, rng, _DETIC_RIGHT))
+        if rng.random() < .04: found.append(_see_object(scene, number, True, rng, _DETIC_RIGHT))
+    found = sorted(found, key=lambda f: -f[3])
+    return _region_rows(found, rng, _DETIC_PROJECTION), [{"class": _DETIC_NAMES.get(f[1], f[1]), "rect": f[2], "conf": round(float(.75 * f[3]), 4)} for f in found]
 
 def detect_regions(
     scene:dict, # a scene
@@ -424,10 +449,7 @@ def detect_regions(
     whole = np.zeros(sum(_EVIDENCE.values()))
     whole[-8:-2], tag = _see("ground", scene["ground"], rng)
     found = [(whole + .5 * objects, tag, [0., 0., PICTURE_SIZE, PICTURE_SIZE], .99, None)] + sorted(found, key=lambda f: -f[3])
-    corners = np.array([f[2] for f in found], float) / PICTURE_SIZE
-    geometry = np.concatenate([corners, corners[:, [3]] - corners[:, [1]], corners[:, [2]] - corners[:, [0]]], 1)
-    features = np.concatenate([np.stack([_project(f[0], rng) for f in found]), geometry], 1).round(5).astype("<f4")
-    return features, [{"class": f[1], "rect": f[2], "conf": round(float(f[3]), 4)} for f in found], [f[4] for f in found]
+    return _region_rows(found, rng), [{"class": f[1], "rect": f[2], "conf": round(float(f[3]), 4)} for f in found], [f[4] for f in found]
 
 # %% ../nbs/03_scenes.ipynb #61c4b815
 SPLIT_START = dict(train=0, minival=100_000, test=200_000) # an image's id is its number in the split, from 1, plus this
@@ -450,6 +472,7 @@ def _split_images(split, count, seed):
     for image, scene in images.items():
         scene["captions"], scene["mentions"] = _five_captions(scene, np.random.default_rng([seed, image, 1]))
         scene["features"], scene["detections"], scene["shows"] = detect_regions(scene, [seed, image, 2])
+        scene["detic"] = detect_again(scene, [seed, image, 4])
     return images
 
 class _Rows:
@@ -473,6 +496,21 @@ def _write_layout(out, images):
     keys = [f"{i}\n" for i, s in images.items() if s["split"] == "test"]
     for name, text in {"test_img_keys.tsv": keys, "test_img_keys_1k.tsv": keys[:1000], "vocab.txt": [f"{w}\n" for w in scene_vocabulary()]}.items():
         (out/name).write_text("".join(text), encoding="utf-8")
+
+class _Again(Regions):
+    "The second detector's regions, for a `RegionStore`."
+    def __init__(self, path, images):
+        self.path, self.ids, self.dim = path, [str(i) for i in images], DETIC_DIM + 6
+        self._features = {str(i): s["detic"][0] for i, s in images.items()}
+        boxes, names = [d for s in images.values() for d in s["detic"][1]], sorted(_DETIC_NAMES.values())
+        offsets = np.concatenate([[0], np.cumsum([len(s["detic"][1]) for s in images.values()])])
+        self.detections = Detections(path, self.ids, offsets, names, np.array([names.index(d["class"]) for d in boxes], np.int32), np.array([d["rect"] for d in boxes], np.float32),
+                                     np.array([d["conf"] for d in boxes], np.float32), np.full((len(self.ids), 2), PICTURE_SIZE, np.int32))
+        self._index = self.detections._index
+    def features(self, image_id): return self._features[str(image_id)]
+    def num_regions(self, image_id): return len(self._features[str(image_id)])
+    @property
+    def fingerprint(self): return hashlib.sha256(b"".join(self._features.values())).hexdigest()[:16]
 
 def _write_picture(job):
     path, scene, seed = job
@@ -517,6 +555,7 @@ def write_scenes(
     with atomic_dir(out) as folder:
         images = {i: s for split, n in counts.items() for i, s in _split_images(split, n, seed).items()}
         _write_layout(folder, images)
+        with atomic_dir(folder/"detic") as part: _write_store(_Again(folder/"detic", images), part, np.dtype(np.float16), False)
         if pictures: _write_pictures(folder/"images", images, seed, workers, progress)
         summary = _summary(images, dict(seed=seed, picture_size=PICTURE_SIZE))
         _dump(folder/"scenes.json", dict(summary=summary, images={str(i): _truth(s) for i, s in images.items()}))

@@ -106,7 +106,7 @@ def frozen_states(
 )->FrozenStates|None: # None where they would not fit
     "The states of a split, if they take less than `FROZEN_LIMIT` and only those of the last layer are read."
     if model.reads_all_layers(True): return None
-    rows = sum(map(len, data.caption_tokens)) + sum(min(data.regions.num_regions(i), data.settings.max_regions) for i in data.image_ids)
+    rows = int(data.caption_lengths.sum() + data.region_counts.sum())
     return FrozenStates(model, data, progress=progress) if rows*model.config.hidden_size*4 <= FROZEN_LIMIT else None
 
 # %% ../nbs/09_training.ipynb #07d89307

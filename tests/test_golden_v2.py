@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from aladin.cli import main
 from aladin.config import LossSettings
 from aladin.data import ImageBatch, Ragged
-from aladin.detections import SOURCES, DeticShelve, MergedRegions, suppress, tag_sentences, unify_classes
+from aladin.detections import SOURCES, DeticShelve, MergedRegions, clip_tokens, suppress, tag_sentences, unify_classes
 from aladin.losses import Criterion, infonce_loss, triplet_loss
 from aladin.model import AladinModel, original_name
 from aladin.regions import RegionStore, TsvRegions
@@ -239,3 +240,50 @@ def test_training_step(name, terms):
         if p is None or p.grad is None: assert np.isnan(norm) or norm < 1e-6, theirs
         elif norm > 1e-6: np.testing.assert_allclose(p.grad.norm(), norm, rtol=1e-4, err_msg=theirs); compared += 1
     assert compared > 20
+
+
+class Subset:
+    """The entries of CLIP's vocabulary that the recorded strings need, with CLIP's numbers; the whole one is not ours to publish.
+
+    Their merges were made so that these pieces come out, and how a split word is spelt in pieces is a guess: the numbers are what is compared.
+    ALADIN_CLIP names a folder with CLIP's own tokenizer, to be used instead."""
+    @staticmethod
+    def tokenizer():
+        if folder := os.environ.get("ALADIN_CLIP"): return CLIPTokenizer.from_pretrained(folder)
+        subset = json.loads((Path(__file__).parent/"golden"/"v2"/"clip_subset.json").read_text())
+        return CLIPTokenizer(vocab=subset["vocab"], merges=[tuple(m.split(" ")) for m in subset["merges"]])
+
+
+with np.load(v2/"expected"/"clip_tokens.npz") as f: tokens = {k: f[k] for k in f.files}
+
+
+def test_clip_tokens_of_captions():
+    "Exact: the first words, cleaned, between start and end, the end kept at 77; and how many of them count."
+    captions = json.loads((v2/"expected"/"clip_captions.json").read_text())
+    most = int(tokens["cap_len"].max())
+    tokenizer, compared = Subset.tokenizer(), 0
+    for row, number in enumerate(tokens["cap_ok_index"]):
+        want = tokens["cap_input_ids"][row]
+        found = clip_tokens(tokenizer, [captions["captions"][number]], want.shape[0], most - 2)[0]
+        assert found.tolist() == want[:len(found)].tolist() and not want[len(found):].any()
+        assert min(len(found), most) == tokens["cap_len"][row] == tokens["cap_attention_mask"][row].sum() and not tokens["cap_segment_ids"][row].any()
+        cut = clip_tokens(tokenizer, [captions["captions"][number]], most, most - 2)[0]
+        assert len(cut) == tokens["cap_len"][row] and cut[-1] == tokenizer.eos_token_id  # ours keeps the end token where the originals cut it off
+        compared += 1
+    assert compared > 20
+    for number in captions["errors"]: assert len(clip_tokens(tokenizer, [captions["captions"][int(number)]], 77, most - 2)[0]) == 77  # an error there, cut here
+
+
+@pytest.mark.parametrize("kind, key", [("noagg", "det+fast/None"), ("agg", "det+fast/labels")])
+def test_clip_tokens_of_tags(kind, key):
+    "Exact: a sentence for each tag, the start first, as many as fit; masks and lengths."
+    tokenizer, most = Subset.tokenizer(), tokens[f"labels_{kind}_input_ids"].shape[1]
+    for row, image in enumerate(tokens[f"labels_{kind}_img_keys"]):
+        sentences = strings["per_image"][key][str(image)][:most]
+        ids, length, regions = (tokens[f"labels_{kind}_{n}"][row] for n in ("input_ids", "label_len", "img_len"))
+        assert len(sentences) == length
+        for want, found in zip(ids, clip_tokens(tokenizer, sentences)): assert found.tolist() == want[:len(found)].tolist() and not want[len(found):].any()
+        assert not ids[length:].any()
+        mask = tokens[f"labels_{kind}_attention_mask"][row]
+        assert mask[:length].all() and not mask[length:most].any() and mask[most:].sum() == regions
+        assert tokens[f"labels_{kind}_segment_ids"][row][:length].tolist() == [0] + [1]*(length - 1)
