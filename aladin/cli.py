@@ -39,6 +39,12 @@ def _train(a):
     if summary["teacher"]: print(f"{len(summary['teacher']['taken'])} tensors from {a.teacher}, new: {', '.join(summary['teacher']['left'])}")
     for head,m in summary["minival"].items(): print(f"minival {head}: rsum {m['rsum']:.1f} (step {summary['best_step']})")
 
+def _lengths(a):
+    from aladin.graph import run_notebook
+    given = dict(configuration=a.configuration, settings=a.settings, data=a.data, out=a.out, total=a.total, tags=a.tags, tokens=a.tokens, steps=a.steps)
+    print(run_notebook("lengths", a.out, given | (dict(seed=a.seed) if a.seed is not None else {})))
+    print(Path(a.out, "lengths.csv").read_text(), end="")
+
 def _make_clip(a):
     from aladin.data import captions_file, read_captions
     from aladin.detections import make_clip
@@ -174,6 +180,14 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors (default: float32)")
     p.add_argument("--force", action="store_true", help="replace a store that is there")
     _options(p, "out")
+    p = command(_lengths, "train a configuration for several lengths of tags and regions and draw what they do on minival", "  aladin lengths --configuration 'alad-alignment-triplet_4_det+fast_clip-labels' --settings scenes --data results/scenes-2.0/data --total 24 --tags 4 8 12 16 20 --out results/scenes-2.0/lengths")
+    p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
+    p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
+    p.add_argument("--total", type=int, default=84, help="most tags and regions together (default: 84)")
+    p.add_argument("--tags", type=int, nargs="+", required=True, metavar="N", help="most tags of an image, one training each")
+    p.add_argument("--tokens", type=int, nargs="+", default=[], metavar="N", help="longest captions, tried with each (default: the configuration's)")
+    p.add_argument("--steps", type=int, default=0, help="end each training after so many steps (default: as configured)")
+    _options(p, "data", "out", "seed")
     p = command(_make_clip, "make a small CLIP text model with random weights, its word pieces learnt from the training captions", "  aladin make-clip --data flickr8k --out models/small_clip\n  (a trained one: any CLIP text model in the form of transformers, named as data.clip in the settings)")
     p.add_argument("--dim", type=int, default=64, help="width of its vectors (default: 64)")
     p.add_argument("--layers", type=int, default=2, help="layers (default: 2)")

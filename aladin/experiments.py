@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCENES_SIZES', 'BANK_IMAGES', 'provenance', 'prepare_data', 'prepare_scenes', 'needs_teacher', 'pretrain_run',
-           'train_run', 'evaluate_run', 'report']
+           'train_run', 'evaluate_run', 'report', 'length_sweep']
 
 # %% ../nbs/14_experiments.ipynb #30a8b424
-import os, platform, random, shutil, subprocess, time
+import copy, os, platform, random, shutil, subprocess, time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -236,4 +236,31 @@ def report(
         with atomic_write(out/"table_csls.csv") as part: corrected.to_csv(part)
         text += f"\nThe same corrected for hubness by CSLS, measured on {BANK_IMAGES} training images and their captions (fewer where there are fewer):\n\n{table_markdown(corrected)}"
     with atomic_write(out/"table.md") as part: part.write_text(text, encoding="utf-8")
+    return table
+
+# %% ../nbs/14_experiments.ipynb #3615f46a
+def length_sweep(
+    config:ExperimentConfig, # what to train, its alignment head among the rest
+    data, # prepared folder
+    out, # folder to write: a run folder for each setting, and lengths.csv
+    total:int, # most tags and regions together
+    tags:list, # most tags of an image, one run each
+    tokens:list=(), # longest captions, to be tried with each; the configuration's own when not given
+    progress:bool=True, # show progress bars
+)->pd.DataFrame: # tokens, tags, regions, i2t and t2i R@1/5/10, rsum on minival
+    "One training for each length of the tags; raises `InputError` for lengths that leave nothing."
+    if "alignment" not in config.loss.terms: raise InputError(config.name, "loss.terms", "alignment among them: the sweep reads the alignment head", config.loss.terms, "choose another configuration")
+    rows = []
+    for most in tokens or [config.data.max_tokens]:
+        for n in tags:
+            if not 2 <= n < total: raise InputError("lengths", "tags", f"2 to {total - 1}, so that regions are left of {total}", n, "choose other lengths")
+            c = copy.deepcopy(config)
+            c.data.max_tokens,c.data.max_tags,c.data.max_regions = most,n,total - n
+            run = Path(out)/f"tokens-{most}-tags-{n}-regions-{total - n}"
+            done = read_json(run/"training.json") if (run/"training.json").exists() else {}
+            if done.get("config") != config_to_dict(c): done = train_run(config_from_dict(config_to_dict(c)), data, run, progress=progress)
+            m = done["minival"]["alignment"]
+            rows.append(dict(tokens=most, tags=n, regions=total - n, **{f"{d} R@{k}": m[d][f"r{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)}, rsum=m["rsum"]))
+    table = pd.DataFrame(rows)
+    _write_csv(table, Path(out)/"lengths.csv")
     return table

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -137,3 +138,18 @@ def test_small_clip_from_the_command(data, tmp_path, capsys):
     reader = ClipReader(tmp_path/"clip")
     assert reader.dim == 32 and len(reader.captions(["a red cup left of a blue kite"], 20)[0]) > 4
     assert reader.pieces("a red cup", 20) == ["a", "red", "cup"]
+
+
+def test_length_sweep(data, tmp_path, capsys):
+    "One run for each border between tags and regions; a second call trains nothing."
+    command = ["lengths", "--configuration", CONFIGURATIONS[1], "--settings", "tiny", "--data", str(data), "--out", str(tmp_path), "--total", "12", "--tags", "4", "8", "--steps", "2"]
+    assert main(command) == 0 and "rsum" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path/"lengths.csv")
+    assert table[["tags", "regions"]].to_numpy().tolist() == [[4, 8], [8, 4]] and (tmp_path/"lengths.png").exists()
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/training.json")}
+    for path in made:
+        run = json.loads(path.read_text())
+        assert run["config"]["data"]["max_tags"] + run["config"]["data"]["max_regions"] == 12
+        assert run["minival"]["alignment"]["rsum"] == pytest.approx(table.set_index("tags").loc[run["config"]["data"]["max_tags"], "rsum"], rel=1e-4)
+    assert main(command) == 0 and made == {p: p.stat().st_mtime_ns for p in made}
+    assert main([*command[:-4], "4", "12"]) == 2 and "2 to 11" in capsys.readouterr().err
