@@ -44,7 +44,11 @@ def _layer(layer, hidden, layout, heads, attention_dropout):
     hidden = layer.attention.output(mixed, hidden)
     return layer.output(layer.intermediate(hidden), hidden)
 
-def _two_layers(source, width): return nn.Sequential(nn.Linear(source, width), nn.ReLU(), nn.Linear(width, width))
+def _two_layers(source, width):
+    "With torch's own random weights: BERT's small ones would leave two layers in a row nearly silent beside the positions."
+    layers = nn.Sequential(nn.Linear(source, width), nn.ReLU(), nn.Linear(width, width))
+    for o in layers.modules(): o._is_hf_initialized = True # transformers leaves them as they are
+    return layers
 
 class Backbone(nn.Module):
     "The shared BERT of both streams (ALADIN, section 3.1; VinVL's OSCAR+ weights fit it)."

@@ -239,8 +239,6 @@ def _check(config, path):
     tasks = config.training.pretrain_losses
     if not tasks or len(set(tasks)) < len(tasks): refuse("training.pretrain_losses", "one or more different losses", tasks)
     for task in tasks: _check_type(path, "training.pretrain_losses", Literal["words", "regions", "contrast"], task)
-    if config.data.caption_reader == "clip" and t.pretrain_steps and "words" in t.pretrain_losses:
-        refuse("training.pretrain_losses", "no words where CLIP reads the captions: there are no word pieces to hide", t.pretrain_losses, "choose regions and contrast")
     if config.data.count_tags and config.data.tag_reader != "clip": refuse("data.count_tags", "false unless data.tag_reader is clip", "true")
     _check_variants(model, loss.terms, refuse)
     if model.freeze_backbone and loss.terms == ["alignment"] and not model.alignment_layers and model.depth_alignment == "none":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -442,9 +443,10 @@ def make_clip(
     words = [*letters, *(c + "</w>" for c in letters), *dict.fromkeys(a + b for a,b in merges), *special]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = CLIPTextConfig(vocab_size=len(words), hidden_size=dim, projection_dim=dim, intermediate_size=4*dim, num_hidden_layers=layers, num_attention_heads=max(1, dim//32), initializer_factor=5.0,
+        config = CLIPTextConfig(vocab_size=len(words), hidden_size=dim, projection_dim=dim, intermediate_size=4*dim, num_hidden_layers=layers, num_attention_heads=max(1, dim//32),
                                 bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
         model = CLIPTextModelWithProjection(config)
+        for table,spread in ((model.text_model.embeddings.token_embedding, .5), (model.text_model.embeddings.position_embedding, .1)): nn.init.normal_(table.weight, std=spread) # words outweigh what the layers add
     with atomic_dir(out, overwrite=True) as part:
         model.save_pretrained(part)
         CLIPTokenizer(vocab={w: i for i,w in enumerate(words)}, merges=merges).save_pretrained(part)

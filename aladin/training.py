@@ -168,7 +168,9 @@ class PretrainingHead(nn.Module):
         rows, # caption numbers
         generator:torch.Generator, # decides what is hidden
     )->Tensor: # scalar
-        "Cross-entropy of the hidden word pieces."
+        "Cross-entropy of the hidden word pieces; where CLIP reads the captions, its tokens predict their caption's words instead."
+        if self.data.settings.caption_reader == "clip":
+            return self._best_row_loss(self.model.backbone.encode_captions(self.data.caption_batch(rows).to(self.words.device)), [[r] for r in rows])
         tokens = self.data.caption_batch(rows).to(self.words.device)
         target = self.column[tokens.values]
         hidden = (torch.rand(len(target), generator=generator).to(target.device) < .15) & (target >= 0)
@@ -189,11 +191,15 @@ class PretrainingHead(nn.Module):
         images, # their image numbers
     )->Tensor: # scalar
         "Binary cross-entropy of the captions' words, each predicted by its best region."
+        return self._best_row_loss(sets, [self.captions_of[i] for i in images])
+
+    def _best_row_loss(self, sets, captions):
+        "Binary cross-entropy of the words of each set's captions, each predicted by its best row."
         logits = Ragged(self._logits(sets.values, self.region_bias), sets.lengths)
         best = logits.padded().masked_fill(~logits.mask()[:, :, None], -1e4).max(1).values
         target = torch.zeros_like(best)
-        for i,image in enumerate(images):
-            ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in self.captions_of[image]]), device=best.device)]
+        for i,own in enumerate(captions):
+            ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in own]), device=best.device)]
             target[i, ids[ids >= 0]] = 1
         return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum().clamp(min=1)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from aladin.cli import main
-from aladin.config import DataSettings, InputError, config_from_dict, config_to_dict
+from aladin.config import DataSettings, InputError, config_from_dict
 from aladin.data import load_tokenizer
 from aladin.detections import ClipReader, open_inputs
 from aladin.experiments import evaluate_run, needs_teacher, prepare_data, prepare_scenes, train_run
@@ -119,9 +119,6 @@ def test_a_teacher_that_reads_otherwise(data, tmp_path):
 
 
 def test_settings_that_do_not_fit():
-    values = config_to_dict(experiment_config(CONFIGURATIONS[2], "", 1))
-    values["training"] |= dict(pretrain_steps=5, pretrain_losses=["words"])
-    with pytest.raises(InputError, match="pretrain_losses"): config_from_dict(values)
     with pytest.raises(InputError, match="count_tags"): config_from_dict(dict(data=dict(count_tags=True)))
 
 
