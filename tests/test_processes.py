@@ -30,7 +30,7 @@ CASES = {
     "matching": dict(terms=["matching"]),
     "both by InfoNCE": dict(terms=["alignment", "matching"], ranking="infonce", allow_siblings=False),
     "distillation": dict(terms=["alignment", "distillation"]),
-    "distillation alone by mse": dict(terms=["distillation", "entropy"], distillation="mse"),
+    "distillation alone by mse": dict(terms=["distillation"], distillation="mse"),
     "symm": dict(terms=["alignment"], aggregation="symm")}
 BATCHES = dict(even=np.arange(12), uneven=np.array([3, 0, 1, 18, 6, 12, 11]), tiny=np.array([4, 9]))  # tiny: one of three processes has nothing
 
