@@ -69,6 +69,18 @@ def _index(a):
     print(f"{a.out}: {len(index)} pictures, {len(index.engines['captions'])} captions; a picture takes {vectors/n:,.0f} bytes of vector and {sets/n:,.0f} of region set")
     index.close()
 
+def _search_study(a):
+    from aladin.data import load_tokenizer
+    from aladin.model import load_model
+    from aladin.recall_study import write_study
+    from aladin.search import SearchIndex
+    model,tokenizer = load_model(a.model),load_tokenizer(a.model)
+    test = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features)
+    training = Path(a.model).parent/"training.json"
+    about = {k: v for k,v in read_json(training).items() if k in ("best_step", "made by")} | dict(configuration=read_json(training)["config"]["name"]) if training.exists() else {}
+    table = write_study(a.out, SearchIndex.build(model, test), test, a.name or Path(a.data).name, about, a.seed or 0)
+    print(table.round(2).to_string(index=False))
+
 def _words(hit, most=4):
     "The words that came nearest to a region, with its tag."
     if hit.alignment is None: return ""
@@ -129,6 +141,11 @@ def add_search_commands(
     p.add_argument("--delete", nargs="+", metavar="ID", help="take these pictures out of the index")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: 64)")
     options(p, "features", "keys", "out")
+    p = command(_search_study, "recall and time of two-stage search over the number of candidates, beside the full alignment head", "  aladin search-study --model results/scenes/alad-alignment-and-matching-distill/seed-88/model --data results/scenes/data --name scenes --out results/scenes")
+    p.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    p.add_argument("--split", default="test", choices=("train", "minival", "test"), help="the split to search (default: test)")
+    p.add_argument("--name", help="name of the data set in the table (default: its folder's)")
+    options(p, "data", "features", "keys", "out", "seed")
     p = command(_search, "find the pictures that a text tells of, or the captions of a picture", "  aladin search 'two dogs on a beach' --index pictures.index --show answers.html\n  aladin search --index pictures.index --json < queries.txt\n  aladin search --index pictures.index --image 42")
     p.add_argument("text", nargs="*", metavar="TEXT", help="what the pictures should show, in quotes; none: read from standard input, one a line")
     p.add_argument("--index", required=True, metavar="DIR", help="made by aladin index")

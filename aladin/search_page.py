@@ -50,10 +50,10 @@ def _figure(picture, alignment):
     "A picture with the best region of each word, and the words under it."
     best = list(enumerate(alignment.best())) if alignment else []
     colour = lambda n: _COLOURS[n % len(_COLOURS)]
-    boxes = "".join(_box(alignment.boxes[region], n, colour(n)) for n,(_,region,_) in best)
+    boxes = "".join(_box(alignment.boxes[region], n, colour(n)) for n,(_,region,cosine) in best if cosine > 0) # the others add nothing to the score
     def word(n, text, region, cosine):
-        tag = escape(f"{alignment.tags[region]}, {cosine:.2f}" if alignment.tags[region:region+1] else f"{cosine:.2f}") if alignment.tags else f"{cosine:.2f}"
-        return f'<button data-word="{n}" style="border-color:{colour(n)}">{escape(text)} <small>{tag}</small></button>'
+        tag = f"{alignment.tags[region]}, " if alignment.tags else ""
+        return f'<button data-word="{n}" style="border-color:{colour(n) if cosine > 0 else "#ddd"}">{escape(text)} <small>{escape(tag)}{cosine:.2f}</small></button>'
     return f'<div class="picture"><img src="{picture}" alt="">{boxes}</div><p class="words">{"".join(word(n, *o) for n,o in best)}</p>'
 
 _STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}h2{font-weight:600;margin-top:2em}
