@@ -169,11 +169,25 @@ _BATCH = 1000 # rows a request
 
 def _batches(items): return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
 
+def _batches(items): return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
+
+def _among(field, values): # pymilvus itself does not escape ids
+    "Milvus's expression for a field that has one of these values."
+    return f"{field} in {json.dumps(values, ensure_ascii=False)}"
+
 def _milvus():
     "pymilvus, which is optional."
     try: import pymilvus
     except ImportError: raise InputError("engine", "milvus", "the package pymilvus", "not installed", "pip install 'aladin[search]', or build with the exact engine") from None
     return pymilvus
+
+def _connect(pymilvus, uri):
+    "A client with a connection of its own; a server that has only just come up is tried again."
+    for wait in (.5, 1, 2, 0):
+        try: return pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30, dedicated=True)
+        except Exception as e:
+            if wait and uri.startswith("http"): time.sleep(wait)
+            else: raise InputError(uri, "Milvus", "a server that answers, or a file that no other process has open", str(e)[:200], f"check the address and the token in {TOKEN}; a file serves one process, `milvus-lite server` several") from None
 
 class MilvusEngine:
     "Vectors in a Milvus collection: an embedded file, a server or a cluster."
@@ -187,8 +201,7 @@ class MilvusEngine:
     ):
         self.store,self.uri,self.collection,self.dim = store,str(uri),collection,dim
         pymilvus = _milvus()
-        try: self.client = pymilvus.MilvusClient(self.uri, token=os.environ.get(TOKEN, ""), timeout=30)
-        except Exception as e: raise InputError(self.uri, "Milvus", "a server that answers, or a file that no other process has open", str(e)[:200], f"check the address and the token in {TOKEN}; a file serves one process, `milvus-lite server` several") from None
+        self.client = _connect(pymilvus, self.uri)
         if not self.client.has_collection(collection): self._create(pymilvus.DataType, fingerprint, approximate)
         properties = self.client.describe_collection(collection)["properties"]
         if (found := properties.get("aladin.fingerprint")) != fingerprint:
@@ -221,19 +234,19 @@ class MilvusEngine:
         ids:list, # items that go
     ):
         "Delete these items; they are gone when the call returns."
-        for some in _batches(ids): self.client.delete(self.collection, ids=some)
+        for some in _batches(ids): self.client.delete(self.collection, filter=_among("id", some))
 
     def owned(self,
         owners:list, # image ids
     )->list: # ids
         "The items that belong to these images."
-        return [o["id"] for some in _batches(owners) for o in self.client.query(self.collection, filter=f"owner in {json.dumps(some)}", output_fields=["id"])]
+        return [o["id"] for some in _batches(owners) for o in self.client.query(self.collection, filter=_among("owner", some), output_fields=["id"])]
 
     def find(self,
         ids:list, # of items
     )->dict: # id -> (segment, row), for those that are there
         "Where items lie."
-        return {o["id"]: (o["segment"], o["row"]) for some in _batches(ids) for o in self.client.query(self.collection, ids=some, output_fields=["id", "segment", "row"])}
+        return {o["id"]: (o["segment"], o["row"]) for some in _batches(ids) for o in self.client.query(self.collection, filter=_among("id", some), output_fields=["id", "segment", "row"])}
 
     def __len__(self): return self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
 
