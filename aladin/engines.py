@@ -116,6 +116,8 @@ class ExactEngine:
     ):
         "Nothing to do: the segment is what is searched."
 
+    def settle(self): "Nothing to do."
+
     def drop(self,
         ids:list, # items that go
     ):
@@ -229,6 +231,10 @@ class MilvusEngine:
         s = self.store.segment(segment)
         rows = [dict(id=i, owner=o, segment=segment, row=r, vector=v) for r,(i,o,v) in enumerate(zip(s.about["ids"], s.about["owners"], np.asarray(s.vectors)))]
         for some in _batches(rows): self.client.upsert(self.collection, some)
+
+    def settle(self):
+        "After many inserts: have Milvus seal them and build what searches them fast. What was acknowledged is safe and found before."
+        self.client.flush(self.collection)
 
     def drop(self,
         ids:list, # items that go

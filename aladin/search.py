@@ -276,6 +276,8 @@ def add(self:SearchIndex,
         for at in range(0, len(new), _SEGMENT):
             for put in (self._put_captions, self._put_images): put(images, new[at:at+_SEGMENT], source, batch_size) # a picture that is there has its captions
             bar.update(len(new[at:at+_SEGMENT]))
+    if new:
+        for engine in self.engines.values(): engine.settle()
     self.model.train(training)
     return len(new)
 
