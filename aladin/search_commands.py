@@ -69,6 +69,19 @@ def _index(a):
     print(f"{a.out}: {len(index)} pictures, {len(index.engines['captions'])} captions; a picture takes {vectors/n:,.0f} bytes of vector and {sets/n:,.0f} of region set")
     index.close()
 
+def _export(a):
+    from aladin.export import export_hdf5, export_onnx, export_parquet
+    index,out = open_index(a.index, a.model),Path(a.out)
+    if "hdf5" in a.format: export_hdf5(index, out/"index.h5")
+    if "parquet" in a.format: export_parquet(index, out)
+    if "onnx" in a.format:
+        about = export_onnx(index, out, a.checked, a.seed or 0)
+        print(f"caption_encoder.onnx: {about['bytes']['']:,} bytes, differs from torch by {about['largest_difference']:.0e} at most; int8: {about['bytes']['.int8']:,} bytes, mean cosine to the exact vector {about['int8_cosine']:.4f}")
+        for kind,recalls in about.get("recall", {}).items():
+            if kind != "captions": print(f"{kind:8} " + "  ".join(f"{n} {v:.1f}" for n,v in recalls.items()) + f" % of {about['recall']['captions']} captions")
+    for path in sorted(out.iterdir()): print(f"{path.stat().st_size:>14,} {path}")
+    index.close()
+
 def _search_study(a):
     from aladin.data import load_tokenizer
     from aladin.model import load_model
@@ -141,6 +154,12 @@ def add_search_commands(
     p.add_argument("--delete", nargs="+", metavar="ID", help="take these pictures out of the index")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: 64)")
     options(p, "features", "keys", "out")
+    p = command(_export, "write an index's vectors for other engines and its caption encoder for services without torch", "  aladin export --index pictures.index --out exported\n  aladin export --index pictures.index --format onnx --out encoder")
+    p.add_argument("--index", required=True, metavar="DIR", help="made by aladin index")
+    p.add_argument("--model", metavar="DIR", help="model folder (default: the one that the index was built with)")
+    p.add_argument("--format", nargs="+", choices=("hdf5", "parquet", "onnx"), default=["hdf5", "parquet", "onnx"], help="what to write (default: all)")
+    p.add_argument("--checked", type=int, default=1000, metavar="N", help="captions of the index whose recall tells what int8 loses (default: 1000)")
+    options(p, "out", "seed")
     p = command(_search_study, "recall and time of two-stage search over the number of candidates, beside the full alignment head", "  aladin search-study --model results/scenes/alad-alignment-and-matching-distill/seed-88/model --data results/scenes/data --name scenes --out results/scenes")
     p.add_argument("--model", required=True, metavar="DIR", help="model folder")
     p.add_argument("--split", default="test", choices=("train", "minival", "test"), help="the split to search (default: test)")
