@@ -13,7 +13,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv dev results test bench lab export clean
+.PHONY: help venv dev results test bench docs lab export clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,11 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	@echo "installing the tools of the docs into $(VENV)"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 venv: $(VENV)/.core ## make .venv with the package alone
 
 dev: $(VENV)/.dev ## make .venv with the development tools as well
@@ -66,6 +71,9 @@ test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 
 bench: $(VENV)/.core ## measure speed and memory against plain references, into results/benchmarks.md (15 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))
+
+docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the results and the manifests
+	$(RUN) $(BIN)/python docs/build.py
 
 lab: $(VENV)/.dev ## open JupyterLab on the notebooks
 	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs

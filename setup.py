@@ -23,7 +23,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["aladin", "aladin.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"slurm": cfg["slurm_requirements"].split(), "dev": (cfg["dev_requirements"] + " " + cfg["slurm_requirements"]).split()},
+    extras_require={"slurm": cfg["slurm_requirements"].split(), "docs": cfg["docs_requirements"].split(),
+                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "slurm", "docs")).split()},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
