@@ -8,6 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+optional = ("slurm", "search", "export", "docs")
 
 setup(
     name=cfg["lib_name"],
@@ -23,8 +24,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["aladin", "aladin.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"slurm": cfg["slurm_requirements"].split(), "docs": cfg["docs_requirements"].split(),
-                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "slurm", "docs")).split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in optional} | {"dev": " ".join(cfg[f"{extra}_requirements"] for extra in ("dev", *optional)).split()},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -26,6 +26,7 @@ from .config import InputError, atomic_write
 from .data import RetrievalSet
 from .heads import alignment_scores
 from .model import AladinModel
+from .search import region_boxes, region_tags
 
 # %% ../nbs/13_plots.ipynb #40cc2c1a
 @dataclass
@@ -40,19 +41,6 @@ class Attention:
     score:float # alignment score MrSw: each word's largest cosine, summed
 
 # %% ../nbs/13_plots.ipynb #90224ce0
-def _region_tags(data, image_id, boxes):
-    "The tag of each region; None when the detections are not those of the region vectors."
-    tags,rects,size = data.regions.tags(image_id),data.regions.rects(image_id),data.regions.size(image_id)
-    if len(tags) != data.regions.num_regions(image_id): return None
-    tags,rects = tags[:len(boxes)],rects[:len(boxes)]
-    return tags if size is None or np.allclose(rects/np.array([*size, *size]), boxes, atol=.02) else None
-
-def _boxes(vectors, detic_dim):
-    "Relative x1 y1 x2 y2 of region vectors: before height and width at the end of each row, or of Detic's part of it."
-    boxes = vectors[:, -6:-2].copy()
-    if detic_dim and len(rows := np.flatnonzero(~vectors[:, detic_dim:].any(1))): boxes[rows] = vectors[rows, detic_dim-6:detic_dim-2]
-    return boxes
-
 @torch.no_grad()
 def attend(
     model:AladinModel, # a model; left as it was
@@ -70,8 +58,8 @@ def attend(
     score = alignment_scores(regions, words, "MrSw", "never" if c.clamp == "never" else "always").item()
     pieces = data.caption_words(caption)
     if c.drop_last_word: pieces = pieces[:-1]
-    boxes,first,image_id = _boxes(batch.regions.values.numpy(), c.detic_dim),int(c.drop_first_region),data.image_ids[image]
-    tags = _region_tags(data, image_id, boxes)
+    boxes,first,image_id = region_boxes(batch.regions.values.numpy(), c.detic_dim),int(c.drop_first_region),data.image_ids[image]
+    tags = region_tags(data.regions, image_id, boxes)
     return Attention(image_id, data.captions[caption], pieces, boxes[first:], tags and tags[first:],
                      (regions.values @ words.values.T).float().cpu().numpy(), score)
 
