@@ -75,8 +75,8 @@ bench: $(VENV)/.core ## measure speed and memory against plain references, into 
 docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the results and the manifests
 	$(RUN) $(BIN)/python docs/build.py
 
-lab: $(VENV)/.dev ## open JupyterLab on the notebooks
-	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs
+lab: $(VENV)/.dev ## open JupyterLab at a start page: explorer, experiments, rooms
+	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
 
 export: $(VENV)/.dev ## write aladin/*.py and README.md from the notebooks, clean the notebooks
 	$(RUN) $(BIN)/nbdev_export

@@ -1,5 +1,5 @@
 "API entries of the rooms' pages: signature, docstring and a table of parameters, from the docments."
-import inspect, re
+import ast, inspect, re
 
 from fastcore.docments import docments
 
@@ -55,10 +55,11 @@ def text(symbol): return "\n\n".join(escape(p) for p in re.split(r"\n\s*\n", ins
 
 
 def methods(cls):
-    "Public methods and properties that the class itself defines and describes."
-    for name, value in vars(cls).items():
-        value = getattr(value, "__func__", getattr(value, "fget", value))
-        if inspect.isfunction(value) and value.__doc__ and not (name.startswith("_") and name != "__getitem__"): yield name, value
+    "Public methods and properties that the class's own cell defines and describes; those patched in later have their own entries."
+    for node in ast.parse(inspect.getsource(cls)).body[0].body:
+        if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node) or node.name.startswith("_") and node.name != "__getitem__": continue
+        value = vars(cls)[node.name]
+        yield node.name, getattr(value, "__func__", getattr(value, "fget", value))
 
 
 class Api:

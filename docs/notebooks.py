@@ -1,5 +1,5 @@
 "Notebooks as pages: exported cells become API entries with their source folded below, directives become what Sphinx understands."
-import ast, importlib, re
+import ast, importlib, operator, re
 from pathlib import Path
 
 import nbformat
@@ -62,8 +62,11 @@ def directives(source):
 
 
 def defined(source):
-    "Public functions and classes of a cell."
-    return [o.name for o in ast.parse(source).body if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not o.name.startswith("_")]
+    "Public functions and classes of a cell, and the methods that it patches into a class, by their full names."
+    for o in ast.parse(source).body:
+        if not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith("_"): continue
+        patched = any(getattr(d, "id", "") == "patch" for d in o.decorator_list)
+        yield f"{o.args.args[0].annotation.id}.{o.name}" if patched else o.name
 
 
 def has_figure(cell): return any({"image/png", "image/svg+xml"} & set(o.get("data", {})) for o in cell.outputs)
@@ -88,7 +91,7 @@ def cells(notebook, path, module, markdown):
         told, source = directives(cell.source)
         if cell.cell_type == "markdown": yield nbformat.v4.new_markdown_cell(markdown(cell.source))
         elif cell.cell_type == "code" and source and "hide" not in told:
-            for name in defined(source) if module and "export" in told else (): yield nbformat.v4.new_markdown_cell(Api(getattr(module, name)).markdown())
+            for name in defined(source) if module and "export" in told else (): yield nbformat.v4.new_markdown_cell(Api(operator.attrgetter(name)(module)).markdown())
             yield code_cell(cell, told, source, path, markdown)
 
 
