@@ -74,12 +74,12 @@ function ranking(found, answer, choose) {
     title: `picture ${hit.id}, rank ${place + 1}`, onclick: () => choose(hit.id) },
     answer.pictures[hit.id] ? node("img", { src: answer.pictures[hit.id], alt: `picture ${hit.id}` }) : node("span", { class: "al-none" }, hit.id),
     node("small", {}, hit.score.toFixed(2) + (hit.own ? " ✓" : "")))));
-  return node("section", { class: "al-head", "data-head": found.head }, node("h4", {}, found.head, node("small", {}, ` ${found.milliseconds.toFixed(0)} ms`)), node("ol", {}, ...hits));
+  return node("section", { class: "al-head", "data-head": found.head }, node("h2", {}, found.head, node("small", {}, ` ${found.milliseconds.toFixed(0)} ms`)), node("ol", {}, ...hits));
 }
 
 function captions(answer, choose) {
   const rows = answer.captions.map(c => node("li", {}, node("button", { type: "button", class: "al-caption" + (c.text === answer.query ? " al-chosen" : ""), onclick: () => choose(c.text) }, c.text), node("small", {}, ` ${c.score.toFixed(2)}${c.own ? " ✓" : ""}`)));
-  return node("section", { class: "al-captions" }, node("h4", {}, `captions of picture ${answer.image}`, node("small", {}, ` ${answer.captions_milliseconds.toFixed(0)} ms`)), node("ol", {}, ...rows));
+  return node("section", { class: "al-captions" }, node("h2", {}, `captions of picture ${answer.image}`, node("small", {}, ` ${answer.captions_milliseconds.toFixed(0)} ms`)), node("ol", {}, ...rows));
 }
 
 function render({ model, el }) {

@@ -19,7 +19,7 @@ html_favicon = "static/favicon.svg"
 html_context = dict(default_mode="auto")
 html_static_path = ["static"]
 html_css_files = ["aladin.css"]
-html_js_files = ["tables.js"]
+html_js_files = ["aladin.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = dict(

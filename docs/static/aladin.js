@@ -1,4 +1,4 @@
-// Tables with figures sort by a click on a heading: once falling, again rising.
+// Tables with figures sort by a click on a heading: once falling, again rising. What opens a part of the sidebar gets a name.
 const number = cell => parseFloat(cell.textContent.replaceAll(",", ""));
 
 function sort(table, column, button) {
@@ -25,3 +25,4 @@ function sortable(table) {
 }
 
 document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(".bd-article table").forEach(sortable));
+document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(".bd-sidebar summary").forEach(o => o.setAttribute("aria-label", "pages below")));
