@@ -2,17 +2,16 @@
 
 Pages are staged as Markdown and notebooks with their stored outputs (the tests run every notebook from top to bottom), then Sphinx builds them;
 any warning, such as a link to nowhere, ends the build. `--execute` runs the notebooks first and shows what they put out now."""
-import argparse, os, re, shutil, sys, tempfile
+import argparse, json, re, shutil, tempfile
 from pathlib import Path
 
 import nbformat
-import yaml
 
 import results
-from aladin.config import atomic_dir
+from aladin.config import atomic_dir, read_json
 from aladin.manifests import list_manifests, load_manifest
 from notebooks import PICTURES, ROOMS, fix_links, heading, link_names, nbs, page, root
-from results import figure, markdown_table, toctree
+from results import markdown_table, toctree
 
 docs = Path(__file__).resolve().parent
 TUTORIALS = sorted((nbs/"tutorials").glob("*.ipynb"))
@@ -25,6 +24,7 @@ def staged(path):
     if name == "nbs/index.ipynb": return "guide.ipynb"
     if name in ("nbs", "aladin"): return "rooms/index.md"
     if name == "results/benchmarks.md": return "results/benchmarks.md"
+    if name in ("nbs/experiments/configurations", "nbs/experiments/settings"): return "experiments/configurations.md"
     if re.fullmatch(r"results(/[\w.-]+)?", name): return f"{name}/index.md"
     if name == "data_manifests": return "reference/manifests.md"
     if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"): return f"reference/{page.name}"
@@ -94,23 +94,33 @@ def between(text, start, end):
     return text.partition(start)[2].partition(end)[0].strip()
 
 
-def stage_home(stage, names):
-    "The home page: docs/pages/home.md with the README's first words and the results as they are."
+def stage_home(stage):
+    "The home page: docs/pages/home.md with the README's first words, the results as they are, and pairs that move."
     cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
-    fill = dict(title=cells[0], intro=cells[1].partition("## Two commands")[0].strip(), commands=between(cells[1], "## Two commands", "## An example"),
-                table=(root/"results"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0])
+    shown = read_json(docs/"pairs.json")
+    table = (root/"results"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
+    pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "rooms/index": "each part of the package, explained, with its API",
+             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "manifests, file formats, differences from the originals"}
+    if not TUTORIALS: del pages["tutorials/index"]
+    fill = dict(title=cells[0], intro=cells[1].partition("## Two commands")[0].strip(), commands=between(cells[1], "## Two commands", "## An example"), table=table,
+                made=f"The run: seed {shown['made by']['seed']}, commit `{shown['made by']['commit'][:9]}`.", seeds="means ± standard deviations over the seeds" if "±" in table else "one seed",
+                sections="\n".join(f"- {{doc}}`{page}`: {about}" for page, about in pages.items()))
     text = (docs/"pages"/"home.md").read_text(encoding="utf-8")
     for name, value in fill.items(): text = text.replace(f"{{{{{name}}}}}", value)
-    pages = ["tutorials/index"]*bool(TUTORIALS) + ["guide"] + ["explore"]*(nbs/"explore.ipynb").exists() + ["rooms/index", "experiments/index", "results/index", "reference/index"]
-    (stage/"index.md").write_text(link_names(fix_links(text, nbs/"index.ipynb", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
+    (stage/"index.md").write_text(link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
+    view = (root/"aladin"/"explorer.js").read_text(encoding="utf-8").replace("export function", "function").partition("export default")[0]
+    files = stage/"_static"
+    files.mkdir()
+    (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")  # one plain script, so that the page works from a folder too
+    shutil.copy(root/"aladin"/"explorer.css", files/"explorer.css")
 
 
 def stage_all(stage):
     stage_notebooks(stage)
     (stage/"results").mkdir()
-    names = results.stage(root/"results", stage/"results")
+    results.stage(root/"results", stage/"results")
     stage_reference(stage)
-    stage_home(stage, names)
+    stage_home(stage)
     (stage/"pictures").mkdir()
     for name, path in PICTURES.items(): shutil.copy(path, stage/"pictures"/name)
 
@@ -123,7 +133,7 @@ def build(out):
         stage.mkdir()
         stage_all(stage)
         with atomic_dir(out, overwrite=True) as part:
-            if code := build_main(["-W", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(part)]): raise SystemExit(code)
+            if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(part)]): raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "aladin"
 html_favicon = "static/favicon.svg"
 html_context = dict(default_mode="auto")
-html_static_path = ["static"]
-html_css_files = ["aladin.css"]
+html_static_path = ["static"]  # and what docs/build.py makes
+html_css_files = ["explorer.css", "aladin.css"]
 html_js_files = ["aladin.js"]
 html_copy_source = False
 html_show_sourcelink = False
@@ -38,4 +38,10 @@ def _mathml(display):
     return visit
 
 
-def setup(app): app.add_html_math_renderer("mathml", (_mathml("inline"), None), (_mathml("block"), None))
+def _home_scripts(app, page, template, context, tree):
+    if page == "index": app.add_js_file("pairs.js"), app.add_js_file("home.js")
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (_mathml("inline"), None), (_mathml("block"), None))
+    app.connect("html-page-context", _home_scripts)

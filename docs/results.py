@@ -109,7 +109,7 @@ def published(path):
 
 
 def stage(results, out):
-    "All result pages; the names of the data sets."
+    "All result pages."
     names = sorted(p.parent.name for p in results.glob("*/table.md"))
     for name in names: data_page(results/name, out/name)
     parts = ["# Results\n", "Made from the files in `results/`, which `make results` wrote: each has its commit, seed, versions, machine and times beside it.\n"]
@@ -120,4 +120,3 @@ def stage(results, out):
     if (results/"published.csv").exists(): parts += ["\n## Published figures\n", published(results/"published.csv")]
     pages = [f"{n}/index" for n in names] + (["benchmarks"] if (out/"benchmarks.md").exists() else [])
     (out/"index.md").write_text("\n".join([*parts, "", toctree(*pages) if pages else ""]), encoding="utf-8")
-    return names
