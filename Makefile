@@ -78,10 +78,11 @@ docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the r
 lab: $(VENV)/.dev ## open JupyterLab at a start page: explorer, experiments, rooms
 	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
 
-export: $(VENV)/.dev ## write aladin/*.py and README.md from the notebooks, clean the notebooks
+export: $(VENV)/.dev ## write aladin/*.py, README.md and the lists of the start page from the notebooks, clean the notebooks
 	$(RUN) $(BIN)/nbdev_export
 	$(RUN) $(BIN)/nbdev_clean
 	$(RUN) $(BIN)/python .ci/readme.py
+	$(RUN) $(BIN)/python .ci/start.py
 
 clean: ## remove caches and build products; .venv and results stay
 	rm -rf build dist _docs _proc .pytest_cache *.egg-info

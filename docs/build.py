@@ -15,7 +15,8 @@ from results import markdown_table, toctree
 
 docs = Path(__file__).resolve().parent
 TUTORIALS = sorted((nbs/"tutorials").glob("*.ipynb"))
-EXPERIMENTS = [nbs/"experiments"/f"{n}.ipynb" for n in ("prepare", "pretrain", "train", "evaluate", "attention", "report", "lengths")]
+STEPS = ("prepare", "pretrain", "train", "evaluate", "attention", "report")
+EXPERIMENTS = [nbs/"experiments"/f"{n}.ipynb" for n in STEPS] + [p for p in sorted((nbs/"experiments").glob("*.ipynb")) if p.stem not in STEPS]
 
 
 def staged(path):
