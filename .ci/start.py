@@ -6,11 +6,8 @@ import nbformat
 
 nbs = Path(__file__).resolve().parent.parent/"nbs"
 STEPS = ("prepare", "pretrain", "train", "evaluate", "attention", "report")
-TEXT = """# Start
-
-> Where to go from here
-
-**[Explore](explore.ipynb)**: type a caption, see what each head finds and which region each word points at. Run all cells; without a trained model a small one is made first.
+TITLE = "# Start\n\n> Where to go from here"
+TEXT = """**[Explore](explore.ipynb)**: type a caption, see what each head finds and which region each word points at. Run all cells; without a trained model a small one is made first.
 
 ## Tutorials
 
@@ -48,6 +45,6 @@ def source():
 
 if __name__ == "__main__":
     notebook = nbformat.read(nbs/"start.ipynb", 4)
-    if "--check" in sys.argv: sys.exit(notebook.cells[0].source != source())
-    notebook.cells[0].source = source()
+    if "--check" in sys.argv: sys.exit([c.source for c in notebook.cells] != [TITLE, source()])
+    notebook.cells = [nbformat.v4.new_markdown_cell(text) for text in (TITLE, source())]
     nbformat.write(notebook, nbs/"start.ipynb")

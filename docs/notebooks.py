@@ -78,7 +78,8 @@ def code_cell(cell, told, source, path, markdown):
     for o in outputs:
         if "text/markdown" in o.get("data", {}): o.data["text/markdown"] = markdown(o.data["text/markdown"])
     new = nbformat.v4.new_code_cell(source, outputs=outputs)
-    new.metadata["tags"] = [tag for tag, on in {"hide-input": "export" in told or "exporti" in told, "remove-input": told.get("echo") == "false"}.items() if on]
+    folded = "export" in told or "exporti" in told or has_figure(cell) and source.count("\n") > 5  # how a figure was drawn is for those who ask
+    new.metadata["tags"] = [tag for tag, on in {"hide-input": folded, "remove-input": told.get("echo") == "false"}.items() if on]
     if has_figure(cell):
         if not told.get("fig-alt"): raise SystemExit(f"{path}: a figure without `#| fig-alt: ...`, which tells those who cannot see it what it shows. Its cell: {source[:80]!r}")
         new.metadata["mystnb"] = dict(image=dict(alt=told["fig-alt"].strip('"')))
