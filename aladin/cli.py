@@ -10,6 +10,7 @@ import argparse, os, shutil, sys
 from pathlib import Path
 
 from .config import DataSettings, InputError, RunFailed, write_json
+from .search_commands import add_search_commands
 
 # %% ../nbs/15_cli.ipynb #a8748d30
 def _prepare(a):
@@ -253,6 +254,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--graph", required=True, metavar="FILE", help="graph.json that aladin results wrote")
     p.add_argument("stage", choices=("prepare", "pretrain", "train", "evaluate", "attention", "report"), help="which stage")
     p.add_argument("--run", dest="of", default="", metavar="RUN", help="<configuration>/seed-<number>, for the stages of a run")
+    add_search_commands(command, _options)
     return parser
 
 def _stop(a, message, status):

@@ -31,7 +31,7 @@ def model_fingerprint(
 )->str: # 16 hexadecimal digits
     "Changes with the weights, the geometry and the vocabulary."
     h = hashlib.sha256(json.dumps([[getattr(model.config, n) for n in _GEOMETRY], sorted(tokenizer.get_vocab().items())]).encode())
-    for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 def model_settings(
@@ -199,6 +199,11 @@ class SearchIndex:
 
     def __contains__(self, image_id): return bool(self.engines["images"].find([str(image_id)]))
 
+    def sizes(self)->tuple: # bytes of the vectors, bytes of the region sets with their boxes
+        "What the pictures' segments take on disk."
+        size = lambda *names: sum(p.stat().st_size for n in names for p in (self.folder/"images").glob(f"*/{n}.npy"))
+        return size("vectors"),size("sets", "offsets", "boxes")
+
     def close(self):
         "Let go of Milvus, where it is the engine."
         for engine in self.engines.values():
@@ -271,6 +276,8 @@ def add(self:SearchIndex,
         for at in range(0, len(new), _SEGMENT):
             for put in (self._put_captions, self._put_images): put(images, new[at:at+_SEGMENT], source, batch_size) # a picture that is there has its captions
             bar.update(len(new[at:at+_SEGMENT]))
+    if new:
+        for engine in self.engines.values(): engine.settle()
     self.model.train(training)
     return len(new)
 
