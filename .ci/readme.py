@@ -1,4 +1,8 @@
-"""Write README.md from nbs/index.ipynb: nbdev's own command wants Quarto, this wants only nbconvert."""
+"""Write README.md from nbs/index.ipynb: nbdev's own command wants Quarto, this wants only nbconvert.
+
+Cells marked `echo: false` show tables of results/; they are run anew each time, so that neither the notebook nor the README can show older figures."""
+import ast
+import os
 import sys
 from pathlib import Path
 
@@ -6,15 +10,35 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
+home = root/"nbs"/"index.ipynb"
 
 
-def readme():
-    "The home notebook as Markdown: directives dropped, cells marked `echo: false` shown by their output alone."
-    notebook = nbformat.read(root/"nbs"/"index.ipynb", 4)
+def directives(cell): return [line for line in cell.source.splitlines() if line.startswith("#|")]
+
+
+def run(source, names):
+    "Run a cell's code; the value of its last line."
+    *body, last = ast.parse(source).body
+    exec(compile(ast.Module(body, []), str(home), "exec"), names)
+    return eval(compile(ast.Expression(last.value), str(home), "eval"), names)
+
+
+def with_tables(notebook):
+    "The notebook with the outputs of its `echo: false` cells made anew."
+    names = {}
+    os.chdir(root)
     for cell in notebook.cells:
-        directives = [line for line in cell.source.splitlines() if line.startswith("#|")]
-        cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
-        if any("echo: false" in d for d in directives): cell.source = ""
+        if any("echo: false" in d for d in directives(cell)):
+            shown = run(cell.source, names)
+            cell.outputs = [nbformat.v4.new_output("execute_result", {"text/markdown": shown.data, "text/plain": repr(type(shown).__name__)})]
+    return notebook
+
+
+def readme(notebook):
+    "The home notebook as Markdown: directives dropped, cells marked `echo: false` shown by their output alone."
+    for cell in notebook.cells:
+        hidden = any("echo: false" in d for d in directives(cell))
+        cell.source = "" if hidden else "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = text.replace("```\n\n```\n", "").replace("```\nimport", "```python\nimport").replace("](../", "](")
     while "\n\n\n" in text: text = text.replace("\n\n\n", "\n\n")
@@ -22,6 +46,8 @@ def readme():
 
 
 if __name__ == "__main__":
-    target = root/"README.md"
-    if "--check" in sys.argv: sys.exit(target.read_text(encoding="utf-8") != readme())
-    target.write_text(readme(), encoding="utf-8")
+    target, notebook = root/"README.md", with_tables(nbformat.read(home, 4))
+    if "--check" not in sys.argv: nbformat.write(notebook, home)
+    text = readme(notebook)
+    if "--check" in sys.argv: sys.exit(target.read_text(encoding="utf-8") != text)
+    target.write_text(text, encoding="utf-8")

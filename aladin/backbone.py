@@ -9,6 +9,7 @@ __all__ = ['Layout', 'Backbone']
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler
 
 from .data import ImageBatch, Ragged
@@ -63,6 +64,7 @@ class Backbone(nn.Module):
         self.img_embedding = nn.Linear(config.region_dim, h)
         self.LayerNorm = nn.LayerNorm(h, eps=config.region_layer_norm_eps) if config.region_layer_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.recompute,self.layer_function = False,_layer # recompute: keep only each layer's input for the backward pass
         self.detic_dim = getattr(config, "detic_dim", 0)
         if self.detic_dim: self.detic_embedding = _two_layers(config.region_dim, h)
         if clip := getattr(config, "clip_dim", 0): self.clip_tags,self.clip_captions = _two_layers(clip, h),_two_layers(clip, h)
@@ -79,12 +81,17 @@ class Backbone(nn.Module):
             out = out.index_copy(0, rows, self.detic_embedding(vectors[rows]).to(out.dtype))
         return self.dropout(self.LayerNorm(out))
 
+    def compile_layers(self):
+        "Compile the layers' computation by torch.compile, one program for batches of any size; slow at its first calls."
+        self.layer_function = torch.compile(_layer, dynamic=True)
+
     def _run(self, hidden, lengths, all_layers):
         layout,c = Layout(lengths),self.config
         dropout = c.attention_probs_dropout_prob if self.training else 0.0
         states = [hidden]
         for layer in self.encoder.layer:
-            hidden = _layer(layer, hidden, layout, c.num_attention_heads, dropout)
+            step = layer,hidden,layout,c.num_attention_heads,dropout
+            hidden = checkpoint(self.layer_function, *step, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer_function(*step)
             if all_layers: states.append(hidden)
         return [Ragged(o, lengths) for o in states] if all_layers else Ragged(hidden, lengths)
 

@@ -36,7 +36,8 @@ def _convert_detections(a):
 def _train(a):
     from aladin.experiments import train_run
     from aladin.graph import experiment_config
-    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out, a.teacher)
+    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out, a.teacher, resume=a.resume)
+    if int(os.environ.get("RANK", 0)): return
     if summary["teacher"]: print(f"{len(summary['teacher']['taken'])} tensors from {a.teacher}, new: {', '.join(summary['teacher']['left'])}")
     for head,m in summary["minival"].items(): print(f"minival {head}: rsum {m['rsum']:.1f} (step {summary['best_step']})")
 
@@ -193,10 +194,11 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--dim", type=int, default=64, help="width of its vectors (default: 64)")
     p.add_argument("--layers", type=int, default=2, help="layers (default: 2)")
     _options(p, "data", "out", "seed")
-    p = command(_train, "train one configuration on a prepared folder", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher")
+    p = command(_train, "train one configuration on a prepared folder; under torchrun or accelerate launch in several processes", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher\n  the same with --resume auto goes on after a kill, to the same end\n  torchrun --nproc-per-node 4 --no-python aladin train --configuration alad-alignment-triplet --data runs/coco --out runs/teacher")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
     p.add_argument("--teacher", metavar="DIR", help="model folder that the student starts from; needed where a frozen backbone is distilled")
+    p.add_argument("--resume", choices=("", "auto", "previous"), default="", help="auto: go on from the newest checkpoint in --out, if there is one; previous: from the newest that can be read (default: start anew)")
     _options(p, "data", "out", "seed")
     p = command(_plan, "a dry run: check all files, measure a few training steps, tell times and disk needed", "  aladin plan --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data\n  aladin plan --configuration alad-alignment-and-matching-distill --data coco_ir --features vinvl")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")

@@ -163,6 +163,15 @@ class TrainingSettings:
     pretrain_batch_captions:int = 0 # captions of each image in their batches; 0: batch_captions
     pretrain_losses:list = field(default_factory=lambda: ["words", "regions", "contrast"]) # any of these; contrast alone suits a backbone that starts from a text model
     max_steps:int = 0 # end after so many steps; 0: after the epochs
+    patience:int = 0 # end after so many validations in a row without a better one; 0: never
+    mined_negatives:int = 0 # from the second epoch on every pair brings pairs of so many images that the matching head takes for its own; 0: batches by chance
+    chunk_size:int = 0 # images and captions encoded at once: the loss sees the whole batch, memory holds a chunk, each is encoded twice (Gao et al. 2021); 0: all at once
+    recompute_layers:bool = False # keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016)
+    precision:Literal["float32", "bfloat16"] = "float32" # what the encoder computes in; scores, losses, weights and moments stay float32
+    compile:bool = False # torch.compile the backbone's layers; takes a minute at the start and a C++ compiler
+    workers:int = 0 # processes that read batches ahead; 0: read between the steps
+    checkpoint_every:int = 0 # steps between checkpoints to resume from; 0: at every validation
+    keep_checkpoints:int = 2 # the newest so many are kept
     thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)
 
     @property
@@ -204,7 +213,7 @@ def _fill(cls, values, path, prefix=""):
     return cls(**out)
 
 _POSITIVE = ("model.hidden_size", "model.layers", "model.attention_heads", "model.intermediate_size", "model.matching_layers", "data.max_regions",
-             "data.captions_per_image", "training.batch_captions", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr", "loss.scale")
+             "data.captions_per_image", "training.batch_captions", "training.keep_checkpoints", "training.epochs", "training.batch_size", "training.step_size", "training.validate_every", "training.lr", "loss.scale")
 
 def _check_variants(model, terms, refuse):
     "The variants that work together: one at a time, as the originals were recorded."
@@ -219,6 +228,13 @@ def _check_variants(model, terms, refuse):
     if not {"matching", "distillation"} & set(terms): refuse("loss.terms", "matching or distillation beside hidden_l1", terms)
     if model.freeze_backbone: refuse("loss.terms", "no hidden_l1 where model.freeze_backbone leaves the hidden states as they are", terms)
 
+def _check_batches(config, refuse):
+    "What the composition of batches asks of the losses."
+    t,terms = config.training,config.loss.terms
+    if t.mined_negatives and set(terms) == {"alignment"}: refuse("training.mined_negatives", "0 without a loss of the matching head, which finds the negatives", t.mined_negatives)
+    if t.mined_negatives and t.batch_captions > 1: refuse("training.mined_negatives", "0 where training.batch_captions is above 1", t.mined_negatives)
+    if t.chunk_size and "hidden_l1" in terms: refuse("training.chunk_size", "0 with the term hidden_l1, which reads the hidden states themselves", t.chunk_size)
+
 def _check(config, path):
     loss,model = config.loss,config.model
     def refuse(key, expected, found, fix=None): raise InputError(path, key, expected, str(found), fix or f"correct the value of {key}")
@@ -228,6 +244,9 @@ def _check(config, path):
     if not 3 <= config.data.max_tokens <= 512: refuse("data.max_tokens", "3 to 512", config.data.max_tokens)
     if not 0 <= config.training.thinning < 1: refuse("training.thinning", "0 or more, less than 1", config.training.thinning)
     if config.data.max_tags and not 2 <= config.data.max_tags <= 512: refuse("data.max_tags", "0, or 2 to 512", config.data.max_tags)
+    for key in ("patience", "mined_negatives", "chunk_size", "workers", "checkpoint_every"):
+        if getattr(config.training, key) < 0: refuse(f"training.{key}", "0 or more", getattr(config.training, key))
+    _check_batches(config, refuse)
     if not loss.terms or len(set(loss.terms)) < len(loss.terms): refuse("loss.terms", "one or more different terms", loss.terms)
     if loss.measure == "order": refuse("loss.measure", "dot or cosine", "order", "evaluation compares by the dot product of vectors of length 1, as in the originals")
     if loss.terms == ["distillation"] and loss.activate_distillation_after: refuse("loss.activate_distillation_after", "0 where distillation is the only term", loss.activate_distillation_after)

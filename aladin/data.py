@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['load_torch_file', 'read_captions', 'read_keys', 'captions_file', 'load_tokenizer', 'build_vocabulary', 'tokenize',
-           'Ragged', 'ImageBatch', 'RetrievalSet', 'open_split', 'training_batches']
+           'cached_tokens', 'Ragged', 'ImageBatch', 'RetrievalSet', 'open_split', 'training_batches']
 
 # %% ../nbs/04_data.ipynb #c74aa505
-import json, pickle
+import hashlib, json, pickle
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer
 
-from .config import InputError, DataSettings, read_json
+from .config import InputError, DataSettings, atomic_write, read_json
 from .regions import open_regions
 
 # %% ../nbs/04_data.ipynb #6372d191
@@ -112,6 +115,25 @@ def tokenize(
     pieces = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if len(texts) else []
     return [np.array([start, *o[:max_tokens-2], end], dtype=np.int64) for o in pieces]
 
+def cached_tokens(
+    folder, # where they are kept, a file for each list of texts, vocabulary, length and first token; none: nowhere
+    tokenizer:BertTokenizer, # from `load_tokenizer`
+    texts:list, # as for `tokenize`
+    max_tokens:int, # as for `tokenize`
+    first:str="[CLS]", # as for `tokenize`
+)->list: # int64 arrays [tokens]
+    "`tokenize`, but once per data set. A folder that cannot be written is done without."
+    if not folder or not len(texts): return tokenize(tokenizer, texts, max_tokens, first)
+    path = Path(folder)/f"{hashlib.sha256(json.dumps([list(texts), tokenizer.get_vocab(), max_tokens, first], sort_keys=True).encode()).hexdigest()[:20]}.safetensors"
+    try:
+        kept = load_file(path)
+        return np.split(kept["values"], kept["lengths"].cumsum()[:-1])
+    except (OSError, SafetensorError): tokens = tokenize(tokenizer, texts, max_tokens, first)
+    try:
+        with atomic_write(path) as part: save_file(dict(values=np.concatenate(tokens), lengths=np.array([len(o) for o in tokens])), part)
+    except OSError: pass
+    return tokens
+
 # %% ../nbs/04_data.ipynb #47126584
 @dataclass
 class Ragged:
@@ -164,10 +186,14 @@ class Ragged:
         rows = torch.repeat_interleave(self.offsets[:-1][index] - (lengths.cumsum(0)-lengths), lengths) + torch.arange(lengths.sum(), device=lengths.device)
         return Ragged(self.values[rows], lengths)
 
-    def to(self, *args):
+    def to(self, *args, **kwargs):
         "Move the values (device, type) and the lengths (device only)."
-        values = self.values.to(*args)
+        values = self.values.to(*args, **kwargs)
         return Ragged(values, self.lengths.to(values.device))
+
+    def pin_memory(self):
+        "In memory that a GPU copies from without waiting."
+        return Ragged(self.values.pin_memory(), self.lengths.pin_memory())
 
     @classmethod
     def stack(cls, sets): # sequence of arrays or tensors [rows, ...]
@@ -181,7 +207,8 @@ class ImageBatch:
     "What the backbone reads of some images."
     tags:Ragged # word pieces of the tags, int64 [total tokens], or CLIP's vectors, float32 [total sentences, clip_dim]
     regions:Ragged # region vectors, float32 [total regions, region_dim]
-    def to(self, *args): return ImageBatch(self.tags.to(*args[:1]), self.regions.to(*args))
+    def to(self, *args, **kwargs): return ImageBatch(self.tags.to(*args[:1], **kwargs), self.regions.to(*args, **kwargs))
+    def pin_memory(self): return ImageBatch(self.tags.pin_memory(), self.regions.pin_memory())
 
 class RetrievalSet:
     "Images of one split with their captions and tags as word pieces."
@@ -192,6 +219,7 @@ class RetrievalSet:
         settings:DataSettings|None=None, # lengths and captions an image
         path="captions", # what to name in errors
         clip=None, # ALADIN-2.0: a `ClipReader` for what the settings have CLIP read
+        cache=None, # folder that keeps the tokens, see `cached_tokens`
     ):
         s = self.settings = settings or DataSettings()
         if not captions: raise InputError(path, "split", "at least one image", "an empty split", "check the caption file or the key file")
@@ -202,14 +230,21 @@ class RetrievalSet:
         self.regions,self.image_ids,self.tokenizer = regions,list(captions),tokenizer
         self.captions = [o for texts in captions.values() for o in texts[:s.captions_per_image]]
         self.caption_image = np.repeat(np.arange(len(captions)), [min(len(o), s.captions_per_image) for o in captions.values()])
-        self.caption_tokens = tokenize(tokenizer, self.captions, s.max_tokens)
-        self.tag_tokens = tokenize(tokenizer, [" ".join(regions.tags(i)) for i in self.image_ids], s.max_tags or s.max_tokens, first="[UNK]")
+        self.caption_tokens = cached_tokens(cache, tokenizer, self.captions, s.max_tokens)
+        self.tag_tokens = cached_tokens(cache, tokenizer, [" ".join(regions.tags(i)) for i in self.image_ids], s.max_tags or s.max_tokens, first="[UNK]")
         if clip is None and "clip" in (s.tag_reader, s.caption_reader): raise InputError(path, "CLIP", "a text model, as the settings ask for", "none", "open the split with open_inputs")
         self.tag_inputs = clip.tags([regions.tags(i) for i in self.image_ids], s.count_tags, s.max_tags or s.max_tokens) if s.tag_reader == "clip" else self.tag_tokens
         self.caption_inputs = clip.captions(self.captions, s.max_tokens) if s.caption_reader == "clip" else self.caption_tokens
         self.clip = clip
 
     def __len__(self): return len(self.captions)
+
+    @cached_property
+    def fingerprint(self)->str: # hexadecimal
+        "Changes with the images, their regions, the texts as they are read, and the settings."
+        h = hashlib.sha256(json.dumps([self.image_ids, self.captions, self.caption_image.tolist(), asdict(self.settings), *(getattr(o, "fingerprint", "") for o in (self.regions, self.clip))]).encode())
+        for tokens in (*self.caption_tokens, *self.tag_tokens): h.update(tokens.tobytes())
+        return h.hexdigest()
 
     @property
     def caption_lengths(self)->np.ndarray: # int64 [captions]
@@ -271,7 +306,7 @@ def open_split(
     if features is None: features = Path(data)/"regions" if (Path(data)/"regions").is_dir() else data
     regions = open_regions(features) if isinstance(features, (str, Path)) else features
     captions = {k: v for k,v in captions.items() if k not in getattr(regions, "empty", ())} # those a detector found nothing in
-    return RetrievalSet(regions, captions, tokenizer, settings, path, clip)
+    return RetrievalSet(regions, captions, tokenizer, settings, path, clip, Path(data)/"tokens" if (Path(data)/"prepared.json").exists() else None)
 
 # %% ../nbs/04_data.ipynb #ad3584f4
 def training_batches(
@@ -281,10 +316,11 @@ def training_batches(
     epoch:int, # another order each epoch
     allow_siblings:bool=True, # may two captions of one image meet by chance in a batch?
     batch_captions:int=1, # captions of each image, side by side, as far as it has so many
+    order=None, # every caption number once, neighbours to be in one batch; by chance when not given
 )->list: # of int64 arrays of caption numbers
     "The batches of one epoch; the last one may be smaller."
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(caption_image))
+    if order is None: order = rng.permutation(len(caption_image))
     if batch_captions > 1:
         order = order[np.argsort(caption_image[order], kind="stable")]
         images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)

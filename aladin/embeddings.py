@@ -8,7 +8,7 @@ __all__ = ['Embeddings', 'encode_split', 'save_embeddings', 'load_embeddings', '
 
 # %% ../nbs/10_embeddings.ipynb #7e1ff671
 import hashlib, json, os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +163,7 @@ def _map_safetensors(path, shapes, metadata, fresh):
 
 def _digest(model, data, *settings):
     "Changes with the weights, the split's texts and images, the region store and the settings."
-    h = hashlib.sha256(json.dumps([model.config.to_dict(), data.image_ids, data.caption_image.tolist(), [o.tolist() for o in (*data.caption_tokens, *data.tag_tokens)],
-                                   asdict(data.settings), getattr(data.clip, "fingerprint", ""), getattr(data.regions, "fingerprint", ""), *map(str, settings)], default=str).encode())
+    h = hashlib.sha256(json.dumps([model.config.to_dict(), data.fingerprint, *map(str, settings)], default=str).encode())
     for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 

@@ -25,6 +25,8 @@ from .model import AladinConfig, AladinModel, load_model, save_model, start_from
 from .plots import results_table, students_markdown, students_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
+from .checkpoints import Checkpoints
+from .steps import Processes
 from .training import TrainingLog, pretrain, set_seed, train, trained_heads
 
 # %% ../nbs/14_experiments.ipynb #4643a9a3
@@ -162,22 +164,32 @@ def train_run(
     run, # run folder; its model/, history.csv and training.json are written
     teacher=None, # model folder to start from: a frozen student's teacher, or a pre-trained model; none: pre-train here if the configuration says so
     progress:bool=True, # show progress bars
+    resume:str="", # auto: go on from the newest checkpoint, if any; previous: from the newest that can be read; empty: anew
+    checkpoints=None, # folder of the checkpoints; checkpoints/ in `run` when not given
 )->dict: # best step, its minival metrics, seconds
-    "Train one configuration and keep its best model on minival."
-    run,start = Path(run),time.perf_counter()
+    "Train one configuration and keep its best model on minival. Under torchrun or accelerate launch the processes share each batch and the first one writes."
+    run,start,p = Path(run),time.perf_counter(),Processes.start()
     tokenizer,training,minival = _open_prepared(data, config, "train", "minival")
-    run.mkdir(parents=True, exist_ok=True)
+    if p.first: run.mkdir(parents=True, exist_ok=True)
+    kept = Checkpoints(checkpoints or run/"checkpoints", config.training.keep_checkpoints)
+    if not resume: kept.clear(p.first)
     set_seed(config.seed)
     model = _new_model(config, training, tokenizer)
     taken = _start(model, config, data, teacher)
-    if config.training.pretrain_steps and not teacher: _write_csv(pretrain(model, training, config.training, config.seed, progress), run/"pretraining.csv")
-    log = TrainingLog(run/"tensorboard")
-    history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), log,
-                          lambda m: save_model(m, Path(data)/"vocab.txt", run/"model"), progress)
+    if config.training.pretrain_steps and not teacher and not kept.all():
+        table = pretrain(model, training, config.training, config.seed, progress and p.first)
+        if p.first: _write_csv(table, run/"pretraining.csv")
+    p.same_start(model, config.seed)
+    log = TrainingLog(run/"tensorboard" if p.first else None)
+    history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), resume, log=log,
+                          save_best=lambda m: save_model(m, Path(data)/"vocab.txt", run/"model"), progress=progress, checkpoints=kept, processes=p)
     log.close()
-    _write_csv(history, run/"history.csv")
     before = read_json(made)["seconds"] if teacher and (made := Path(teacher).parent/"pretraining.json").exists() else 0
-    summary = dict(best_step=best["step"], minival=best["metrics"], train_seconds=round(before+time.perf_counter()-start, 1), pretrain_seconds=before, teacher=taken, config=config_to_dict(config), **{"made by": provenance(config.seed)})
+    summary = dict(best_step=best["step"], minival=best["metrics"], train_seconds=round(before+time.perf_counter()-start, 1), pretrain_seconds=before, teacher=taken, processes=p.count,
+                   config=config_to_dict(config), **{"made by": provenance(config.seed)})
+    if not p.first: return summary
+    save_model(model, Path(data)/"vocab.txt", run/"model")
+    _write_csv(history, run/"history.csv")
     write_json(run/"training.json", summary)
     return summary
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 import aladin
-from .config import ExperimentConfig, InputError, RunFailed, config_from_dict, config_to_dict, load_config, write_json
+from .config import ExperimentConfig, InputError, RunFailed, config_from_dict, config_to_dict, load_config, read_json, write_json
 
 # %% ../nbs/17_graph.ipynb #c7cfc66e
 def experiments_dir()->Path:
@@ -106,7 +106,7 @@ def run_notebook(
 CONFIGURATIONS = ("alad-alignment-triplet", "alad-matching-triplet-finetune", "alad-matching-distill-finetune", "alad-matching-triplet-e2e",
                   "alad-alignment-and-matching-distill", "alad-alignment-and-matching-triplet0.1-plus-distill")
 TEACHER = "alad-alignment-triplet" # whose backbone the frozen students take
-_CODE = ("config", "regions", "data", "backbone", "heads", "losses", "model", "detections", "training", "embeddings", "evaluation")
+_CODE = ("config", "regions", "data", "backbone", "heads", "losses", "model", "detections", "steps", "checkpoints", "training", "embeddings", "evaluation")
 
 def _digest(*values):
     "A short text that changes with the values."
@@ -189,9 +189,15 @@ def _parameters(graph, stage, run, part):
     if stage == "report": return dict(folder=str(folder), out=str(part), runs=list(graph["runs"]))
     if stage == "pretrain": return graph["pretraining"][run]["parameters"] | dict(data=data, run=str(part))
     r = graph["runs"][run]
-    if stage == "train": return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"], teacher=str(folder/r["start"]/"model") if r["start"] else "")
+    if stage == "train": return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"], teacher=str(folder/r["start"]/"model") if r["start"] else "", checkpoints=str(_checkpoints(graph, run)))
     if stage == "evaluate": return dict(run=str(folder/run), data=data, name=graph["name"], out=str(part))
     return dict(run=str(folder/run), data=data, pictures=graph["pictures"], out=str(part))
+
+def _checkpoints(graph, run):
+    "Where a training keeps what it goes on from after a kill: under another name where anything it depends on is another."
+    folder,start = Path(graph["folder"]),graph["runs"][run]["start"]
+    begins = [read_json(o)["made by"] for o in (folder/start/"pretraining.json", folder/start/"training.json") if start and o.exists()]
+    return folder/run/f"checkpoints-{_digest(graph['runs'][run]['digest'], graph['prepare']['digest'], begins)}"
 
 def _move(source, target):
     "Rename, replacing a folder or file of that name."
@@ -217,6 +223,7 @@ def run_stage(
         done.unlink(missing_ok=True)
         (folder/f"{stage}.failed.ipynb").unlink(missing_ok=True)
         for path in made: _move(path, folder/path.name)
+        for path in folder.glob("checkpoints-*"): shutil.rmtree(path)
     except RunFailed as e:
         failed = folder/f"{stage}.failed.ipynb"
         _move(part/failed.name, failed)

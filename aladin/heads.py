@@ -152,10 +152,14 @@ class AlignmentHead(nn.Module):
         hidden = hidden.trimmed(1, 1 + int(self.drop_last_word))
         return Ragged(F.normalize(hidden.values, dim=-1), hidden.lengths)
 
-    def forward(self, regions:Ragged, words:Ragged)->Tensor: # [images, captions]
+    def forward(self,
+        regions:Ragged, # of some images, from `region_set`
+        words:Ragged, # of some captions, from `word_set`
+        width:int|None=None, # most regions of an image in the whole batch, where `regions` are a part of it
+    )->Tensor: # [images, captions]
         "Scores of prepared sets."
         clamp = self.clamp if self.clamp == "never" else "batch" if self.training else "always"
-        return alignment_scores(regions, words, self.aggregation, clamp)
+        return alignment_scores(regions, words, self.aggregation, clamp, width)
 
 # %% ../nbs/06_heads.ipynb #29945f17
 def _attend(attention, hidden, layout):

@@ -24,7 +24,8 @@ from aladin.evaluation import image_to_text_ranks, ndcg, rank_metrics, retrieval
 from aladin.heads import AlignmentHead, aggregate, alignment_scores
 from aladin.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
 from aladin.model import AladinModel, original_name
-from aladin.training import batch_losses, clip_gradients, learning_rate, make_optimizer
+from aladin.steps import batch_losses
+from aladin.training import clip_gradients, learning_rate, make_optimizer
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v1 = here/"v1" if (here/"v1").is_dir() else here

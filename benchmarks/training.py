@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Peak memory and time of one optimisation step as functions of the batch, for the ways to make a batch large; write results/training.md, .json and .png.
+
+A small BERT (4 layers, 256 wide) reads pictures of 30 to 38 regions and captions of 8 to 18 words; the loss is the joint configuration's, hinge triplet and
+ListNet, so every pair of the batch is compared. Each point is a process of its own: memory is what its resident set grows by. With a GPU at hand the
+same is measured there at VinVL-base's size in bfloat16, as samples a second and share of the peak of its matrix product."""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from bench import matmul_peak, peak_memory, random_split, timed
+from aladin.config import config_from_dict, write_json
+from aladin.experiments import provenance
+from aladin.losses import Criterion
+from aladin.model import AladinConfig, AladinModel
+from aladin.steps import Processes, Step, read_epoch
+from aladin.training import clip_gradients, make_optimizer
+
+WAYS = {"all at once": {}, "layers recomputed": dict(recompute_layers=True), "chunks of 32": dict(chunk_size=32), "chunks of 32, layers recomputed": dict(chunk_size=32, recompute_layers=True)}
+SMALL = dict(hidden_size=256, layers=4, attention_heads=4, intermediate_size=1024)
+BASE = dict(hidden_size=768, layers=12, attention_heads=12, intermediate_size=3072)
+
+
+def build(batch, way, size, precision, device):
+    "A step to repeat, and how many multiplications and additions it takes."
+    config = config_from_dict(dict(model=size | dict(dropout=0.0), loss=dict(terms=["alignment", "distillation"], weights=[1., 1.]), training=WAYS[way] | dict(batch_size=batch, precision=precision)))
+    data = random_split(batch)
+    torch.manual_seed(0)
+    model = AladinModel(AladinConfig.from_settings(config.model, config.data, 30522, data.regions.dim)).to(device).train()
+    model.backbone.recompute = config.training.recompute_layers
+    criterion = Criterion(config.loss).to(device)
+    optimizer, step = make_optimizer(model, criterion, config.training), Step(model, criterion, data, config)
+    rows = np.arange(0, 5*batch, 5)
+    def work():
+        start = time.perf_counter()
+        share = next(read_epoch(data, [rows], config, 0, Processes(), pin=device == "cuda"))
+        waited = time.perf_counter() - start
+        optimizer.zero_grad()
+        step(share, rows)
+        clip_gradients(list(model.parameters()), 2.0)
+        optimizer.step()
+        if device == "cuda": torch.cuda.synchronize()
+        return waited/(time.perf_counter() - start)
+    tokens = int(data.tag_lengths.sum() + data.region_counts.sum() + data.caption_lengths[rows].sum())
+    h, layers, wide = size["hidden_size"], size["layers"], size["intermediate_size"]
+    flop = 6*tokens*layers*(4*h*h + 2*h*wide) + 6*h*int(data.region_counts.sum())*int(data.caption_lengths[rows].sum())
+    return work, flop
+
+
+def measure(batch, way, device="cpu"):
+    "Seconds, memory and share of waiting of one point."
+    gpu = device == "cuda"
+    work, flop = build(batch, way, BASE if gpu else SMALL, "bfloat16" if gpu else "float32", device)
+    before = peak_memory()
+    if gpu: torch.cuda.reset_peak_memory_stats()
+    seconds, waited = timed(work, least=1 if gpu else 5, most=3)
+    memory = torch.cuda.max_memory_allocated()/2**20 if gpu else peak_memory() - before
+    return dict(batch=batch, way=way, seconds=seconds, memory_mib=memory, samples_a_second=batch/seconds, flop=flop, data_share=waited, device=torch.cuda.get_device_name() if gpu else "processor")
+
+
+def run_point(batch, way, device, threads):
+    done = subprocess.run([sys.executable, __file__, "--point", json.dumps([batch, way, device]), "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(table, path):
+    "Memory and time over the batch, a line for each way."
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for (way, rows), marker in zip(table.groupby("way", sort=False), "osD^"):
+        axes[0].plot(rows.batch, rows.memory_mib, marker=marker, label=way)
+        axes[1].plot(rows.batch, rows.seconds, marker=marker, label=way)
+    for axis, name in zip(axes, ("peak memory of a step in MiB", "seconds a step")):
+        axis.set(xscale="log", yscale="log", xlabel="pairs a batch", ylabel=name)
+        axis.set_xticks(sorted(table.batch.unique()), sorted(table.batch.unique()))
+        axis.minorticks_off()
+        axis.grid(alpha=.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def markdown(table, made, peaks):
+    m = made["machine"]
+    lines = ["# Training steps", "", f"Made by `benchmarks/training.py` at commit {(made['commit'] or 'unknown')[:9]} on {made['date']}: {m['processor']}, {m['threads']} threads, torch {made['versions']['torch']}, "
+             f"{made['wall_seconds']:.0f} s in all.", "", "One step of the joint configuration's loss over the whole batch: 4 layers, 256 wide, on the processor; VinVL-base in bfloat16 on a GPU.", "",
+             "| device | batch | way | seconds a step | pairs a second | peak MiB | share of the matrix product's peak | waiting for data |", "|---|---:|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {r.device} | {r.batch} | {r.way} | {r.seconds:.3f} | {r.samples_a_second:.1f} | {r.memory_mib:.0f} | {100*r.flop/r.seconds/peaks[r.device]:.0f} % | {100*r.data_share:.1f} % |" for r in table.itertuples()]
+    return "\n".join(lines) + "\n\n![Peak memory and time of a step over the batch](training.png)\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for training.md, .json and .png (default: results)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="pairs a batch (default: 32 to 1024)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads (default: all)")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.point: return print(json.dumps(measure(*json.loads(a.point))))
+    rows, start = [], time.perf_counter()
+    points = [(b, w, "cpu") for w in WAYS for b in a.batches] + ([(b, w, "cuda") for b, w in ((32, "all at once"), (256, "all at once"), (1024, "chunks of 32"))] if torch.cuda.is_available() else [])
+    for point in points:
+        rows.append(run_point(*point, a.threads))
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items() if k != "flop"}, flush=True)
+    peaks = dict(processor=matmul_peak()) | ({torch.cuda.get_device_name(): matmul_peak(torch.bfloat16, "cuda")} if torch.cuda.is_available() else {})
+    made = provenance(0) | dict(wall_seconds=round(time.perf_counter() - start, 1))
+    table = pd.DataFrame(rows)
+    draw(table[table.device == "processor"], a.out/"training.png")
+    write_json(a.out/"training.json", dict(rows=rows, peak_flops=peaks, **{"made by": made}))
+    (a.out/"training.md").write_text(markdown(table, made, peaks), encoding="utf-8")
+
+
+if __name__ == "__main__": main()
