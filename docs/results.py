@@ -94,6 +94,12 @@ def data_page(folder, out):
         if (folder/name).exists():
             shutil.copy(folder/name, out/name)
             text.append(figure(name, f"{alt}, on {folder.name}"))
+    for path in sorted(folder.glob("*.md")):
+        if path.name == "table.md": continue
+        text += [f"## {path.stem.capitalize()}\n", path.read_text(encoding="utf-8")]
+        if (drawn := path.with_suffix(".png")).exists():
+            shutil.copy(drawn, out/drawn.name)
+            text.append(figure(drawn.name, f"{path.stem.capitalize()}: the figures of the table above, drawn"))
     text.append("## The runs\n")
     for name in runs:
         run_page(name, runs[name], out/slug(name))

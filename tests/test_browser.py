@@ -1,7 +1,7 @@
 """The docs site and the explorer in a real browser: Debian's Chromium, driven by Playwright.
 
 Without a browser these are skipped on a developer's machine (apt-get install chromium) and fail where CI is set."""
-import json, os, re, subprocess, sys, threading, time, urllib.request
+import json, os, re, shutil, subprocess, sys, threading, time, urllib.request
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +32,7 @@ def browser():
 def page(browser):
     "A page that must end without an error in the console and without having asked any other host."
     page, wrong = browser.new_page(viewport=dict(width=WIDTHS[0], height=1000)), []
-    page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text}"))
+    page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text} {m.location.get('url')}"))
     page.on("pageerror", lambda e: wrong.append(f"error: {e}"))
     page.on("request", lambda r: re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:|about:", r.url) or wrong.append(f"request: {r.url}"))
     yield page
@@ -178,8 +178,8 @@ def run(tmp_path_factory):
 def lab(run, tmp_path_factory):
     "JupyterLab over the explorer and the start page, the former's parameters naming the run; no news, no question for a kernel."
     out = tmp_path_factory.mktemp("lab")
-    (out/"nbs").mkdir()
-    (out/"nbs"/"start.ipynb").write_bytes((root/"nbs"/"start.ipynb").read_bytes())
+    shutil.copytree(root/"nbs"/"images", out/"nbs"/"images")
+    shutil.copy(root/"nbs"/"start.ipynb", out/"nbs")
     notebook = json.loads((root/"nbs"/"explore.ipynb").read_text())
     parameters = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     parameters["source"] = [f"run, data, pictures, split = {str(run)!r}, None, None, 'test'"]
