@@ -156,9 +156,9 @@ class Explorer(anywidget.AnyWidget):
         place = self.index.engines["images"].find([image]).get(image)
         if place is None: raise InputError(self.index.folder, f"image {image}", "a picture of the index", f"none among {len(self.index)}", "choose another picture")
         vectors,words,pieces = self.index.encoder([query])
-        matching = float(torch.from_numpy(np.array(self.index.stores["images"].segment(place[0]).vectors[place[1]])) @ vectors[0])
-        c,picture = self.index.model.config,self._picture(image)
-        return explain(self.index._alignment(place, words.values, pieces[0]), c.aggregation, c.clamp != "never") | dict(matching=matching, ratio=picture and picture[1])
+        store,c,picture = self.index.stores["images"],self.index.model.config,self._picture(image)
+        scores = dict(score=float(self.index._scores(store.read([place]), words)), matching=float(np.array(store.segment(place[0]).vectors[place[1]]) @ vectors[0].numpy()))
+        return explain(self.index._alignment(place, words.values, pieces[0]), c.aggregation, c.clamp != "never") | scores | dict(ratio=picture and picture[1])
 
     def _picture(self, image):
         path = find_picture(self.folder, image) if self.folder else None

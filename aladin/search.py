@@ -158,24 +158,29 @@ class SearchIndex:
         "An empty index; raises `InputError` for a folder with other files."
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()): raise InputError(folder, "output folder", "an empty folder", "other files", "choose another folder")
+        if engine not in ("exact", "milvus") and "://" not in engine: raise InputError(folder, "engine", "exact, milvus or the address of a server, such as http://localhost:19530", engine, "choose one of these")
         write_json(folder/"index.json", dict(format=_FORMAT, version=_VERSION, model=model_fingerprint(encoder.model, encoder.tokenizer), dim=encoder.model.config.hidden_size,
                                              engine=engine, approximate=approximate, name=uuid.uuid4().hex[:12]))
-        return cls(folder, encoder)
+        try: return cls(folder, encoder)
+        except InputError: # no server there
+            (folder/"index.json").unlink()
+            raise
 
     @classmethod
     def build(cls,
         model:AladinModel, # a model
         images:RetrievalSet, # the pictures, with captions or without
         out=None, # folder of the index, which a killed build goes on with; a temporary one when not given
-        engine:str="exact", # exact; milvus, a file in the folder; or the address of a Milvus server
-        approximate:bool=False, # Milvus only: search a graph instead of every vector
+        engine:str|None=None, # exact; milvus, a file in the folder; or the address of a Milvus server. When not given: the one that is there, exact for a new index
+        approximate:bool=False, # Milvus only, a new index: search a graph instead of every vector
         batch_size:int=64, # images or captions encoded at once
         progress:bool=True, # show a progress bar
     ):
         "An index of a split, or of any pictures; what `out` holds already from the same data stays."
         scratch = tempfile.TemporaryDirectory() if out is None else None
         folder,encoder = Path(scratch.name if scratch else out),CaptionEncoder(model, images.tokenizer, images.clip)
-        index = cls(folder, encoder) if (folder/"index.json").exists() else cls.create(folder, encoder, engine, approximate)
+        index = cls(folder, encoder) if (folder/"index.json").exists() else cls.create(folder, encoder, engine or "exact", approximate)
+        if engine not in (None, index.info["engine"]): raise InputError(folder, "engine", f"{index.info['engine']}, which holds this index", engine, "leave the engine out, or build another index")
         index._scratch = scratch
         index.add(images, batch_size, progress)
         return index
@@ -272,13 +277,13 @@ def add(self:SearchIndex,
     there = self.engines["images"].find(images.image_ids)
     new = [r for r,i in enumerate(images.image_ids) if i not in there or self.stores["images"].segment(there[i][0]).about["source"] != source]
     self.model.eval()
-    with tqdm(total=len(new), desc="index", unit="image", disable=not progress) as bar:
-        for at in range(0, len(new), _SEGMENT):
-            for put in (self._put_captions, self._put_images): put(images, new[at:at+_SEGMENT], source, batch_size) # a picture that is there has its captions
-            bar.update(len(new[at:at+_SEGMENT]))
-    if new:
-        for engine in self.engines.values(): engine.settle()
-    self.model.train(training)
+    try:
+        with tqdm(total=len(new), desc="index", unit="image", disable=not progress) as bar:
+            for at in range(0, len(new), _SEGMENT):
+                for put in (self._put_captions, self._put_images): put(images, new[at:at+_SEGMENT], source, batch_size) # a picture that is there has its captions
+                bar.update(len(new[at:at+_SEGMENT]))
+    finally: self.model.train(training)
+    for engine in self.engines.values() if new else (): engine.settle()
     return len(new)
 
 @patch
@@ -289,10 +294,6 @@ def delete(self:SearchIndex,
     for kind in _KINDS: self._drop(kind, self.engines[kind].owned(list(map(str, image_ids))))
 
 # %% ../nbs/12_search.ipynb #4dd2e0d2
-def _ranked(scores, k):
-    "The k best rows; equal scores stay in the matching head's order."
-    return torch.argsort(scores, descending=True, stable=True)[:k].tolist()
-
 @patch
 def _scores(self:SearchIndex, regions, words):
     "Alignment scores as `aladin evaluate` computes them."

@@ -149,7 +149,7 @@ def add_search_commands(
     p.add_argument("--model", metavar="DIR", help="model folder")
     p.add_argument("--data", metavar="DIR", help="data folder: regions, and captions if there are any")
     p.add_argument("--split", choices=("train", "minival", "test"), help="only this split (default: every picture that has regions)")
-    p.add_argument("--engine", default="exact", help="exact: compared in memory; milvus: a file in the index's folder; or the address of a Milvus server, its token in ALADIN_MILVUS_TOKEN (default: exact)")
+    p.add_argument("--engine", help="exact: compared in memory; milvus: a file in the index's folder; or the address of a Milvus server, its token in ALADIN_MILVUS_TOKEN (default: exact, or the one that an index has)")
     p.add_argument("--approximate", action="store_true", help="Milvus only: search a graph instead of every vector, for millions of pictures")
     p.add_argument("--delete", nargs="+", metavar="ID", help="take these pictures out of the index")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: 64)")

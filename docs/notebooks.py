@@ -44,7 +44,9 @@ def fix_links(text, source, up, staged):
         image, label, target = match.groups()
         if re.match(r"\w+:|#", target): return match[0]
         path, _, anchor = target.partition("#")
-        name = (source.parent/path).resolve().relative_to(root).as_posix()
+        there = (source.parent/path).resolve()
+        if not there.exists() and (root/path).exists(): there = root/path  # written as the README needs it
+        name = there.relative_to(root).as_posix()
         if image:
             PICTURES[slug := name.replace("/", "-")] = root/name
             return f"![{label}]({up}pictures/{slug})"

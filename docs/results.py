@@ -120,9 +120,10 @@ def stage(results, out):
     for name in names: data_page(results/name, out/name)
     parts = ["# Results\n", "Made from the files in `results/`, which `make results` wrote: each has its commit, seed, versions, machine and times beside it.\n"]
     parts += [f"- [{n}]({n}/index.md)" for n in names]
-    if (results/"benchmarks.md").exists():
-        shutil.copy(results/"benchmarks.md", out/"benchmarks.md")
-        parts.append("- [Benchmarks](benchmarks.md): speed and memory against plain references")
+    measured = sorted(results.glob("*.md"))
+    for path in measured:
+        shutil.copy(path, out/path.name)
+        parts.append(f"- [{path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}]({path.name})")
     if (results/"published.csv").exists(): parts += ["\n## Published figures\n", published(results/"published.csv")]
-    pages = [f"{n}/index" for n in names] + (["benchmarks"] if (out/"benchmarks.md").exists() else [])
+    pages = [f"{n}/index" for n in names] + [p.stem for p in measured]
     (out/"index.md").write_text("\n".join([*parts, "", toctree(*pages) if pages else ""]), encoding="utf-8")
