@@ -13,7 +13,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv dev results test bench lab export clean
+.PHONY: help venv dev results test bench docs lab export clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,11 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	@echo "installing the tools of the docs into $(VENV)"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 venv: $(VENV)/.core ## make .venv with the package alone
 
 dev: $(VENV)/.dev ## make .venv with the development tools as well
@@ -67,13 +72,17 @@ test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 bench: $(VENV)/.core ## measure speed and memory against plain references, into results/benchmarks.md (15 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))
 
-lab: $(VENV)/.dev ## open JupyterLab on the notebooks
-	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs
+docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the results and the manifests
+	$(RUN) $(BIN)/python docs/build.py
 
-export: $(VENV)/.dev ## write aladin/*.py and README.md from the notebooks, clean the notebooks
+lab: $(VENV)/.dev ## open JupyterLab at a start page: explorer, experiments, rooms
+	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
+
+export: $(VENV)/.dev ## write aladin/*.py, README.md and the lists of the start page from the notebooks, clean the notebooks
 	$(RUN) $(BIN)/nbdev_export
 	$(RUN) $(BIN)/nbdev_clean
 	$(RUN) $(BIN)/python .ci/readme.py
+	$(RUN) $(BIN)/python .ci/start.py
 
 clean: ## remove caches and build products; .venv and results stay
 	rm -rf build dist _docs _proc .pytest_cache *.egg-info

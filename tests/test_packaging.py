@@ -28,7 +28,7 @@ def pins():
     return {canonicalize_name(m[1]): Version(m[2]) for m in matches}
 
 
-def requirements(): return [Requirement(o) for key in ("requirements", "dev_requirements", "slurm_requirements", "search_requirements", "export_requirements") for o in settings()[key].split()]
+def requirements(): return [Requirement(o) for key in ("requirements", "dev_requirements", "slurm_requirements", "search_requirements", "export_requirements", "docs_requirements") for o in settings()[key].split()]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
@@ -51,7 +51,7 @@ def test_console_scripts_are_named(): assert "aladin=aladin.cli:main" in setting
 
 def test_ci_uses_make_targets():
     targets = set(re.findall(r"^([a-z]+):", (root/"Makefile").read_text(), re.M))
-    assert {"help", "results", "test", "lab", "export", "clean"} <= targets
+    assert {"help", "results", "test", "docs", "lab", "export", "clean"} <= targets
     assert set(re.findall(r"\bmake ([a-z]+)", (root/".ci"/"run").read_text())) <= targets
 
 

@@ -43,3 +43,8 @@ def test_sync(copy, kind, what, mend):
 def test_readme_is_the_home_notebook():
     done = subprocess.run([sys.executable, root/".ci"/"readme.py", "--check"])
     assert done.returncode == 0, "README.md differs from nbs/index.ipynb: run make export"
+
+
+def test_start_page_lists_every_notebook():
+    done = subprocess.run([sys.executable, root/".ci"/"start.py", "--check"])
+    assert done.returncode == 0, "nbs/start.ipynb does not list the notebooks that are there: run make export"

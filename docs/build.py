@@ -1,0 +1,143 @@
+"""The docs site from the notebooks, the results, the manifests and docs/pages: `make docs`.
+
+Pages are staged as Markdown and notebooks with their stored outputs (the tests run every notebook from top to bottom), then Sphinx builds them;
+any warning, such as a link to nowhere, ends the build. `--execute` runs the notebooks first and shows what they put out now."""
+import argparse, json, re, shutil, tempfile
+from pathlib import Path
+
+import nbformat
+
+import results
+from aladin.config import atomic_dir, read_json
+from aladin.manifests import list_manifests, load_manifest
+from notebooks import PICTURES, ROOMS, fix_links, heading, link_names, nbs, page, root
+from results import markdown_table, toctree
+
+docs = Path(__file__).resolve().parent
+TUTORIALS = sorted((nbs/"tutorials").glob("*.ipynb"))
+STEPS = ("prepare", "pretrain", "train", "evaluate", "attention", "report")
+EXPERIMENTS = [nbs/"experiments"/f"{n}.ipynb" for n in STEPS] + [p for p in sorted((nbs/"experiments").glob("*.ipynb")) if p.stem not in STEPS]
+
+
+def staged(path):
+    "Where the site shows a file of the checkout; None where it does not."
+    name = path.removesuffix("/")
+    if name == "nbs/index.ipynb": return "guide.ipynb"
+    if name in ("nbs", "aladin"): return "rooms/index.md"
+    if name == "results/benchmarks.md": return "results/benchmarks.md"
+    if name in ("nbs/experiments/configurations", "nbs/experiments/settings"): return "experiments/configurations.md"
+    if re.fullmatch(r"results(/[\w.-]+)?", name): return f"{name}/index.md"
+    if name == "data_manifests": return "reference/manifests.md"
+    if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"): return f"reference/{page.name}"
+    path = root/name
+    if path in ROOMS.values(): return f"rooms/{path.name}"
+    if path in TUTORIALS or path in EXPERIMENTS or path == nbs/"explore.ipynb": return path.relative_to(nbs).as_posix()
+
+
+def section(out, title, about, pages, lines):
+    "The index page of a section."
+    (out/"index.md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n\n" + toctree(*pages), encoding="utf-8")
+
+
+def listing(path, target): return "- [{}]({}): {}".format(heading(path)[0], target, heading(path)[1])
+
+
+def stage_notebooks(stage):
+    "Rooms, tutorials, experiments, explorer and guide."
+    for path in [*ROOMS.values(), *TUTORIALS, *EXPERIMENTS]:
+        folder = "rooms" if path in ROOMS.values() else path.parent.name
+        page(path, stage/folder/path.name, "../", staged)
+    page(nbs/"index.ipynb", stage/"guide.ipynb", "", staged, "Guide")
+    if (nbs/"explore.ipynb").exists(): page(nbs/"explore.ipynb", stage/"explore.ipynb", "", staged)
+    section(stage/"rooms", "Rooms", "Each notebook is one room and exports one module of the package, in the order in which data flows through them. A page shows the room's prose, "
+            "its examples with what they put out, and for every public function and class its parameters; the source is folded below each.",
+            [p.stem for p in ROOMS.values()], [f"{listing(p, p.name)} (`aladin.{m}`)" for m, p in ROOMS.items()])
+    if TUTORIALS: section(stage/"tutorials", "Tutorials", "One task each, from start to end.", [p.stem for p in TUTORIALS], [listing(p, p.name) for p in TUTORIALS])
+    section(stage/"experiments", "Experiments", "The notebooks that papermill runs, one for each step of the graph, and the settings they are given.", [*[p.stem for p in EXPERIMENTS], "configurations"],
+            [f"- [{heading(p)[0]}]({p.name})" for p in EXPERIMENTS] + ["- [Configurations and settings](configurations.md)"])
+    (stage/"experiments"/"configurations.md").write_text(configurations(), encoding="utf-8")
+
+
+def configurations():
+    "Every YAML file of the experiments, as it is."
+    parts = ["# Configurations and settings\n", "A configuration states what it changes of the authors' values; settings say how a data set scales all of them.\n"]
+    for kind in ("configurations", "settings"):
+        parts.append(f"## {kind.capitalize()}\n")
+        for path in sorted((nbs/"experiments"/kind).glob("*.yaml")): parts.append(f"### {path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def manifests():
+    "What each data set and checkpoint consists of."
+    parts = ["# Manifests\n", "What each data set and checkpoint consists of, where it is had and under which licence. `aladin fetch NAME --out FOLDER` fetches, `aladin verify NAME FOLDER` checks.\n"]
+    for name in list_manifests():
+        m = load_manifest(name)
+        rows = [[f"`{f.path}`", f"{f.size:,}" if f.size else "", f"`{(f.sha256 or f.md5)[:16]}…`" if f.sha256 or f.md5 else "", f.note or ""] for f in m.files]
+        told = {"kind": m.kind, "licence": m.licence, "cite": m.citation, "homepage": f"<{m.homepage}>" if m.homepage.startswith("http") else m.homepage}
+        parts += [f"## {name}\n", f"{m.title}.\n" if not m.title.endswith(".") else m.title + "\n", *[f"- {k}: {v}" for k, v in told.items()], "", f"{m.note}\n" if m.note else "",
+                  markdown_table(["file", "bytes", "digest", "what it holds"], rows)]
+    return "\n".join(parts)
+
+
+def stage_reference(stage):
+    "Manifests, and the written pages."
+    out = stage/"reference"
+    out.mkdir()
+    (out/"manifests.md").write_text(manifests(), encoding="utf-8")
+    pages = [p for p in sorted((docs/"pages").glob("*.md")) if p.stem != "home"]
+    for path in pages: (out/path.name).write_text(link_names(fix_links(path.read_text(encoding="utf-8"), path, "../", staged), "../"), encoding="utf-8")
+    section(out, "Reference", "What the files look like, where they come from, and where this package goes another way than the original programs.", ["manifests", *[p.stem for p in pages]],
+            ["- [Manifests](manifests.md): what each data set and checkpoint consists of", *[listing(p, p.name) for p in pages]])
+
+
+def between(text, start, end):
+    "A part of the README."
+    return text.partition(start)[2].partition(end)[0].strip()
+
+
+def stage_home(stage):
+    "The home page: docs/pages/home.md with the README's first words, the results as they are, and pairs that move."
+    cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
+    shown = read_json(docs/"pairs.json")
+    table = (root/"results"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
+    pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "rooms/index": "each part of the package, explained, with its API",
+             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "manifests, file formats, differences from the originals"}
+    if not TUTORIALS: del pages["tutorials/index"]
+    fill = dict(title=cells[0], intro=cells[1].partition("## Two commands")[0].strip(), commands=between(cells[1], "## Two commands", "## An example"), table=table,
+                made=f"The run: seed {shown['made by']['seed']}, commit `{shown['made by']['commit'][:9]}`.", seeds="means ± standard deviations over the seeds" if "±" in table else "one seed",
+                sections="\n".join(f"- {{doc}}`{page}`: {about}" for page, about in pages.items()))
+    text = (docs/"pages"/"home.md").read_text(encoding="utf-8")
+    for name, value in fill.items(): text = text.replace(f"{{{{{name}}}}}", value)
+    (stage/"index.md").write_text(link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
+    view = (root/"aladin"/"explorer.js").read_text(encoding="utf-8").replace("export function", "function").partition("export default")[0]
+    files = stage/"_static"
+    files.mkdir()
+    (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")  # one plain script, so that the page works from a folder too
+    shutil.copy(root/"aladin"/"explorer.css", files/"explorer.css")
+
+
+def stage_all(stage):
+    stage_notebooks(stage)
+    (stage/"results").mkdir()
+    results.stage(root/"results", stage/"results")
+    stage_reference(stage)
+    stage_home(stage)
+    (stage/"pictures").mkdir()
+    for name, path in PICTURES.items(): shutil.copy(path, stage/"pictures"/name)
+
+
+def build(out):
+    "Stage and build; `out` is replaced only by a whole site."
+    from sphinx.cmd.build import build_main
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Path(folder)/"pages"
+        stage.mkdir()
+        stage_all(stage)
+        with atomic_dir(out, overwrite=True) as part:
+            if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(part)]): raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=root/"_docs", help="folder of the site (default: _docs)")
+    build(Path(parser.parse_args().out).resolve())

@@ -1,0 +1,263 @@
+"""The docs site and the explorer in a real browser: Debian's Chromium, driven by Playwright.
+
+Without a browser these are skipped on a developer's machine (apt-get install chromium) and fail where CI is set."""
+import json, os, re, shutil, subprocess, sys, threading, time, urllib.request
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+import torch
+
+root = Path(__file__).resolve().parent.parent
+CHROMIUM = next((p for p in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")) if p.exists()), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+WIDTHS = (1400, 400)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None and os.environ.get("CI") == "true": pytest.fail("no Chromium, and CI needs one: apt-get install chromium")
+    if CHROMIUM is None: pytest.skip("no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    "A page that must end without an error in the console and without having asked any other host."
+    page, wrong = browser.new_page(viewport=dict(width=WIDTHS[0], height=1000)), []
+    page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text} {m.location.get('url')}"))
+    page.on("pageerror", lambda e: wrong.append(f"error: {e}"))
+    page.on("request", lambda r: re.match(r"(https?|ws)://127\.0\.0\.1[:/]|data:|blob:|about:", r.url) or wrong.append(f"request: {r.url}"))
+    yield page
+    page.close()
+    assert not wrong, wrong[:5]
+
+
+# The docs site
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "The site, built afresh."
+    out = tmp_path_factory.mktemp("docs")/"site"
+    done = subprocess.run([sys.executable, root/"docs"/"build.py", "--out", out], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    "Its address."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+class Links(HTMLParser):
+    "What a page links to and loads, its anchors, and its images without a text."
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.anchors, self.untold = [], [], {""}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if "id" in a: self.anchors.add(a["id"])
+        if tag == "a" and a.get("href"): self.links.append(a["href"])
+        if tag in ("img", "script") and a.get("src"): self.loads.append(a["src"])
+        if tag == "link" and a.get("rel") in ("stylesheet", "icon", "preload"): self.loads.append(a["href"])
+        if tag == "img" and not a.get("alt"): self.untold.append(a.get("src"))
+
+
+@pytest.fixture(scope="module")
+def pages(folder): return {p: Links(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.html")) if "_static" not in p.parts}
+
+
+def test_links_resolve(folder, pages):
+    wrong = []
+    for path, found in pages.items():
+        for link in found.links + found.loads:
+            target, anchor = urldefrag(link)
+            if re.match(r"https?:|mailto:|data:", target): continue
+            there = (path.parent/unquote(target.split("?")[0])).resolve() if target else path
+            if there.is_dir(): there = there/"index.html"
+            if not there.is_file() or there in pages and unquote(anchor) not in pages[there].anchors: wrong.append(f"{path.relative_to(folder)}: {link}")
+    assert len(pages) > 50 and not wrong, wrong[:10]
+
+
+def test_nothing_is_loaded_from_elsewhere(pages): assert not [u for found in pages.values() for u in found.loads if re.match(r"(https?:)?//", u)]
+
+
+def test_images_have_texts(folder, pages): assert not {p.relative_to(folder).as_posix(): o.untold for p, o in pages.items() if o.untold}
+
+
+def test_every_room_has_a_page(folder):
+    rooms = {p.stem for p in (root/"nbs").glob("*.ipynb") if re.search(r"#\|\s*default_exp", p.read_text(encoding="utf-8"))}
+    assert rooms and rooms == {p.stem for p in (folder/"rooms").glob("*.html")} - {"index"}
+
+
+def test_pages_fit(page, site, folder, pages):
+    "No page is wider than the window, be it a desk's or a telephone's."
+    wide = []
+    for path in pages:
+        page.goto(site + path.relative_to(folder).as_posix())
+        for width in WIDTHS:
+            page.set_viewport_size(dict(width=width, height=900))
+            if page.evaluate("document.documentElement.scrollWidth") > width: wide.append((path.relative_to(folder).as_posix(), width))
+    assert not wide, wide
+
+
+def test_search_finds_the_model(page, site):
+    page.goto(site)
+    page.keyboard.press("Control+K")
+    page.keyboard.type("AladinModel")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results li a[href*='rooms/08_model.html']")
+
+
+def test_tables_sort(page, site):
+    page.goto(site + "results/scenes/index.html")
+    table = page.locator("table").first
+    place = [h.strip() for h in table.locator("th").all_inner_texts()].index("rsum")
+    def column(): return [float(t.split("±")[0]) for t in table.locator(f"tbody tr td:nth-child({place + 1})").all_inner_texts()]
+    before = column()
+    button = table.locator("th button").nth(place)
+    button.focus()
+    page.keyboard.press("Enter")
+    assert column() == sorted(before, reverse=True) and table.locator("th").nth(place).get_attribute("aria-sort") == "descending"
+    button.click()
+    assert column() == sorted(before)
+
+
+def violations(page, part=None):
+    "What axe-core finds wrong."
+    from axe_playwright_python.sync_playwright import Axe
+    return [(v["id"], v["nodes"][0]["html"][:200]) for v in Axe().run(page, context=part).response["violations"]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessible(browser, site, scheme):
+    "axe-core finds nothing: names, alternative texts, contrast, in both colour schemes."
+    page = browser.new_page(color_scheme=scheme)
+    for path in ("index.html", "explore.html", "rooms/07_losses.html", "results/scenes/index.html", "reference/index.html"):
+        page.goto(site + path)
+        assert not violations(page), (path, violations(page))
+    page.close()
+
+
+# The explorer
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run folder with an untrained model, beside its scenes."
+    from aladin.data import load_tokenizer
+    from aladin.experiments import prepare_data
+    from aladin.model import AladinConfig, AladinModel, save_model
+    from aladin.scenes import write_scenes
+    out = tmp_path_factory.mktemp("explorer")
+    write_scenes(out/"scenes", train=4, minival=4, test=30, progress=False)
+    prepare_data(out/"scenes", out/"data", progress=False)
+    torch.manual_seed(0)
+    model = AladinModel(AladinConfig(vocab_size=len(load_tokenizer(out/"data")), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, region_dim=70, max_tokens=40, max_regions=20, drop_last_word=False))
+    save_model(model, out/"data"/"vocab.txt", out/"some-configuration"/"seed-1"/"model")
+    return out/"some-configuration"/"seed-1"
+
+
+@pytest.fixture(scope="module")
+def lab(run, tmp_path_factory):
+    "JupyterLab over the explorer and the start page, the former's parameters naming the run; no news, no question for a kernel."
+    out = tmp_path_factory.mktemp("lab")
+    shutil.copytree(root/"nbs"/"images", out/"nbs"/"images")
+    shutil.copy(root/"nbs"/"start.ipynb", out/"nbs")
+    notebook = json.loads((root/"nbs"/"explore.ipynb").read_text())
+    parameters = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    parameters["source"] = [f"run, data, pictures, split = {str(run)!r}, None, None, 'test'"]
+    (out/"nbs"/"explore.ipynb").write_text(json.dumps(notebook))
+    for plugin, settings in {"docmanager-extension/plugin": dict(autoStartDefaultKernel=True), "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False)}.items():
+        path = out/"settings"/"@jupyterlab"/f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
+    folders = dict(JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces", JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=", f"--notebook-dir={out/'nbs'}"]
+    with open(out/"log", "w") as log:
+        server = subprocess.Popen(command, env=os.environ | {k: str(out/v) for k, v in folders.items()} | dict(OMP_NUM_THREADS="1"), stdout=log, stderr=subprocess.STDOUT)
+    yield wait_for_address(out/"log", server)
+    server.terminate()
+    server.wait()
+
+
+def wait_for_address(log, server):
+    "The address in JupyterLab's log, once it answers."
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()
+        if found := re.search(r"(http://127\.0\.0\.1:\d+)/lab", log.read_text()):
+            try: urllib.request.urlopen(found[1] + "/api").close()
+            except OSError: pass
+            else: return found[1]
+        time.sleep(.25)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+def test_explorer(page, lab, run):
+    "Opened, all cells run, a caption typed, a word and a region clicked: what lights up is what the alignment head says."
+    from aladin.data import load_tokenizer, open_split
+    from aladin.model import load_model
+    from aladin.plots import attend
+    page.goto(f"{lab}/lab/tree/explore.ipynb")
+    page.wait_for_function("document.querySelector('#jp-main-statusbar')?.textContent.includes('| Idle')", timeout=120_000)
+    page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+    page.click('li[data-command="runmenu:run-all"]')
+    page.wait_for_selector(".al-query", timeout=120_000)
+    page.wait_for_selector(".jp-OutputArea:has-text('two-stage  ')", timeout=60_000)  # the last cell's output
+    assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+
+    model, data = load_model(run/"model"), open_split(run.parents[1]/"data", "test", load_tokenizer(run/"model"))
+    caption = 42
+    image = int(data.caption_image[caption])
+    page.fill(".al-query", data.captions[caption])
+    page.press(".al-query", "Enter")
+    page.wait_for_selector(".al-head[data-head='two-stage'] .al-hit")
+    assert page.locator(".al-head h2").all_inner_texts() and page.locator(".al-head").count() == 3
+
+    best = page.locator(".al-head[data-head=alignment] .al-hit").first.get_attribute("data-image")
+    shown = attend(model, data, data.image_ids.index(best), caption)
+    assert [t.split("\n")[0] for t in page.locator(".al-word").all_inner_texts()] == [w.removeprefix("##") for w in shown.words]
+    assert page.locator(".al-region").count() == len(shown.boxes)
+    assert f"alignment score {shown.score:.2f}" in page.inner_text(".al-sum")
+    ranked = -torch.from_numpy(shown.cosines).sort(0, descending=True).values  # words whose best region is no matter of rounding
+    clear = [w for w in range(len(shown.words)) if ranked[1, w] - ranked[0, w] > .01]
+    for word in clear[:3]:
+        page.click(f".al-word[data-word='{word}']")
+        region = int(shown.cosines[:, word].argmax())
+        assert page.locator(".al-best").get_attribute("data-region") == str(region)
+        assert f"cosine {shown.cosines[region, word]:.2f}" in page.inner_text(".al-says")
+    page.locator(f".al-region[data-region='{region}']").focus()
+    page.keyboard.press("Space")
+    lit = {int(w.get_attribute("data-word")) for w in page.locator(".al-word.al-lit").all()}
+    assert {w for w in clear if shown.cosines[:, w].argmax() == region} <= lit
+
+    assert not violations(page, ".al-explorer")
+
+    page.locator(".al-caption").first.click()
+    page.wait_for_function(f"document.querySelector('.al-query').value !== {json.dumps(data.captions[caption])}")
+    page.fill(".al-query", data.captions[caption])
+    page.press(".al-query", "Enter")
+    page.wait_for_selector(".al-hit small:has-text('✓')")
+    assert page.locator(f".al-hit[data-image='{data.image_ids[image]}'] small:has-text('✓')").count()
+
+
+def test_start_page(page, lab):
+    page.goto(f"{lab}/lab/tree/start.ipynb")
+    page.click(".jp-RenderedMarkdown a:text-is('Explore')", timeout=60_000)
+    page.wait_for_selector(".lm-TabBar-tab:has-text('explore.ipynb')")
