@@ -87,7 +87,7 @@ def plot_recall(
         ax.set(xscale="log", xlabel="candidates", xticks=(ticks := sorted(table["candidates"].unique())), xticklabels=ticks)
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right", title="dashed: full alignment head", title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=2, title="dashed: full alignment head", title_fontsize=8)
     plt.close(figure)
     return figure
 
