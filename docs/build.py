@@ -133,8 +133,9 @@ def build(out):
         stage = Path(folder)/"pages"
         stage.mkdir()
         stage_all(stage)
-        with atomic_dir(out, overwrite=True) as part:
-            if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(part)]): raise SystemExit(code)
+        site = Path(folder)/"site"  # myst-nb writes beside it
+        if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(site)]): raise SystemExit(code)
+        with atomic_dir(out, overwrite=True) as part: shutil.copytree(site, part, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
