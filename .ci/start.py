@@ -46,5 +46,5 @@ def source():
 if __name__ == "__main__":
     notebook = nbformat.read(nbs/"start.ipynb", 4)
     if "--check" in sys.argv: sys.exit([c.source for c in notebook.cells] != [TITLE, source()])
-    notebook.cells = [nbformat.v4.new_markdown_cell(text) for text in (TITLE, source())]
+    for cell, text in zip(notebook.cells, (TITLE, source()), strict=True): cell.source = text
     nbformat.write(notebook, nbs/"start.ipynb")

@@ -24,7 +24,8 @@ def staged(path):
     name = path.removesuffix("/")
     if name == "nbs/index.ipynb": return "guide.ipynb"
     if name in ("nbs", "aladin"): return "rooms/index.md"
-    if name == "results/benchmarks.md": return "results/benchmarks.md"
+    if re.fullmatch(r"results/[\w.-]+\.md", name): return name
+    if at := re.fullmatch(r"(results/[\w.-]+)/\w+\.md", name): return f"{at[1]}/index.md"
     if name in ("nbs/experiments/configurations", "nbs/experiments/settings"): return "experiments/configurations.md"
     if re.fullmatch(r"results(/[\w.-]+)?", name): return f"{name}/index.md"
     if name == "data_manifests": return "reference/manifests.md"

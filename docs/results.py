@@ -122,7 +122,8 @@ def stage(results, out):
     parts += [f"- [{n}]({n}/index.md)" for n in names]
     measured = sorted(results.glob("*.md"))
     for path in measured:
-        shutil.copy(path, out/path.name)
+        for file in (path, path.with_suffix(".png")):
+            if file.exists(): shutil.copy(file, out/file.name)
         parts.append(f"- [{path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}]({path.name})")
     if (results/"published.csv").exists(): parts += ["\n## Published figures\n", published(results/"published.csv")]
     pages = [f"{n}/index" for n in names] + [p.stem for p in measured]
