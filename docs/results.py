@@ -84,6 +84,15 @@ def run_page(name, runs, out):
     (out/"index.md").write_text("\n".join(text), encoding="utf-8")
 
 
+def lengths_section(folder, out):
+    "The sweep over lengths: a row for each border between tags and regions."
+    head, *rows = list(csv.reader((folder/"lengths.csv").open(encoding="utf-8")))
+    shutil.copy(folder/"lengths.png", out/"lengths.png")
+    one = read_json(next(folder.glob("tokens-*/training.json")))
+    return ["## Lengths\n", f"{one['config']['name']}, one training for each border between tags and regions, on minival.\n", markdown_table(head, [[f"{float(v):.1f}" if "." in v else v for v in r] for r in rows]),
+            figure("lengths.png", "The alignment head's rsum on minival over the most tags of an image, their number with the regions being fixed"), provenance(one["made by"]) + "\n"]
+
+
 def data_page(folder, out):
     "One data set: the tables and figures of its report, and a page for each configuration."
     out.mkdir(parents=True, exist_ok=True)
@@ -100,6 +109,7 @@ def data_page(folder, out):
         if (drawn := path.with_suffix(".png")).exists():
             shutil.copy(drawn, out/drawn.name)
             text.append(figure(drawn.name, f"{path.stem.capitalize()}: the figures of the table above, drawn"))
+    if (folder/"lengths"/"lengths.csv").exists(): text += lengths_section(folder/"lengths", out)
     text.append("## The runs\n")
     for name in runs:
         run_page(name, runs[name], out/slug(name))
