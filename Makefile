@@ -69,8 +69,9 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 	$(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-bench: $(VENV)/.core ## measure speed and memory against plain references, into results/benchmarks.md (15 minutes; LONG=1: COCO's size too)
+bench: $(VENV)/.core ## measure speed and memory, into results/benchmarks.md and training.md (25 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))
+	$(RUN) $(BIN)/python benchmarks/training.py --out "$(OUT)" $(if $(THREADS),--threads $(THREADS))
 
 docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the results and the manifests
 	$(RUN) $(BIN)/python docs/build.py

@@ -192,10 +192,10 @@ class Plan:
     lines:list # the report
     problems:list # one text each; empty when the run can start
 
-def _disk_needs(regions, counts, prepared, m, test_images, dtype):
-    "Bytes of each thing that a run writes; while a better model is saved, the one before is still there."
+def _disk_needs(regions, counts, prepared, m, test_images, dtype, keep):
+    "Bytes of each thing that a run writes; while a better model or another checkpoint (weights and Adam's two moments) is saved, the ones before are still there."
     store = 0 if prepared or regions is None else sum(counts.values())*regions.dim*np.dtype(dtype).itemsize + sum(a.nbytes for a in regions.detections.arrays().values())
-    return {"region store": store, "model": 8*m.parameters if m else 0, "embeddings": int(m.embedding*test_images) if m else 0}
+    return {"region store": store, "model": 8*m.parameters if m else 0, "checkpoints": (12*(keep + 1) + 8)*m.parameters if m else 0, "embeddings": int(m.embedding*test_images) if m else 0}
 
 def _check_disk(out, needs, found):
     "Free bytes where `out` would be written; too few are a problem."
@@ -280,7 +280,7 @@ def plan(
         if teacher: _check_teacher(teacher, config, inputs, tokenizer, file, found)
         m = _measured(config, inputs, tokenizer, steps, found)
     prepared = (data/"prepared.json").exists()
-    needs = _disk_needs(regions, counts, prepared, m, len(captions.get("test", {})), getattr(regions, "dtype", "float32"))
+    needs = _disk_needs(regions, counts, prepared, m, len(captions.get("test", {})), getattr(regions, "dtype", "float32"), config.training.keep_checkpoints if config else 0)
     free = _check_disk(out, needs, found)
     return Plan(_report_lines(config, settings, captions, regions, counts, tokenizer, vocabulary, prepared, m, needs, free, out, found), found.problems)
 
