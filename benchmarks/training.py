@@ -82,13 +82,13 @@ def draw(table, path):
         axis.set_xticks(sorted(table.batch.unique()), sorted(table.batch.unique()))
         axis.minorticks_off()
         axis.grid(alpha=.3)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def markdown(table, made, peaks):
     m = made["machine"]
-    lines = ["# Training steps", "", f"Made by `benchmarks/training.py` at commit {(made['commit'] or 'unknown')[:9]} on {made['date']}: {m['processor']}, {m['threads']} threads, torch {made['versions']['torch']}, "
+    lines = ["# Training steps", "", f"Made by `benchmarks/training.py` at commit {(made['commit'] or 'unknown')[:9]} on {made['date']}: {m['processor']}, {m['threads']} thread{'s'*(m['threads'] > 1)}, torch {made['versions']['torch']}, "
              f"{made['wall_seconds']:.0f} s in all.", "", "One step of the joint configuration's loss over the whole batch: 4 layers, 256 wide, on the processor; VinVL-base in bfloat16 on a GPU.", "",
              "| device | batch | way | seconds a step | pairs a second | peak MiB | share of the matrix product's peak | waiting for data |", "|---|---:|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {r.device} | {r.batch} | {r.way} | {r.seconds:.3f} | {r.samples_a_second:.1f} | {r.memory_mib:.0f} | {100*r.flop/r.seconds/peaks[r.device]:.0f} % | {100*r.data_share:.1f} % |" for r in table.itertuples()]
