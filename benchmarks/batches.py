@@ -70,7 +70,7 @@ def main():
     t = configured(args, 88, True, 0).training
     made = provenance(88) | dict(wall_seconds=round(time.perf_counter() - began, 1), steps=t.max_steps, batch_size=t.batch_size, training_images=len(read_captions(captions_file(args.data, "train"))))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out/"batches.json", dict(rows=rows, configuration=args.configuration, settings=args.settings, start=args.start and args.start.parent.name, **{"made by": made}))
+    write_json(args.out/"batches.json", dict(rows=rows, configuration=args.configuration, settings=args.settings, start=args.start and "/".join(args.start.parts[-3:]), **{"made by": made}))
     (args.out/"batches.md").write_text(markdown(pd.DataFrame(rows), args, made), encoding="utf-8")
     print((args.out/"batches.md").read_text())
 
