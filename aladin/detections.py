@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .config import DataSettings, InputError, atomic_dir, atomic_write
 from .data import captions_file, open_split, read_captions
+from .model import hash_weights
 from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
 
 # %% ../nbs/14_detections.ipynb #8633957a
@@ -355,7 +356,7 @@ class ClipReader:
         self.dim,projection = self.model.config.hidden_size,self.model.config.projection_dim
         if self.dim != projection: raise InputError(model, "projection_dim", f"{self.dim}, the width of its tokens", projection, "take a CLIP whose text width is its projection's, such as ViT-B/32")
         digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        for name,o in self.model.state_dict().items(): digest.update(name.encode() + o.contiguous().view(torch.uint8).numpy().tobytes())
+        hash_weights(digest, self.model)
         self.fingerprint = digest.hexdigest()[:16]
         self.texts_read = 0 # how many texts went through the model
 

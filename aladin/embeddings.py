@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .config import InputError, atomic_write, read_json, write_json
 from .data import Ragged, RetrievalSet
 from .heads import alignment_scores
-from .model import AladinModel
+from .model import AladinModel, hash_weights
 
 # %% ../nbs/10_embeddings.ipynb #54da6ccd
 @dataclass
@@ -164,7 +164,7 @@ def _map_safetensors(path, shapes, metadata, fresh):
 def _digest(model, data, *settings):
     "Changes with the weights, the split's texts and images, the region store and the settings."
     h = hashlib.sha256(json.dumps([model.config.to_dict(), data.fingerprint, *map(str, settings)], default=str).encode())
-    for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    hash_weights(h, model)
     return h.hexdigest()
 
 def encode_to_file(

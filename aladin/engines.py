@@ -191,8 +191,6 @@ _BATCH = 1000 # rows a request
 
 def _batches(items): return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
 
-def _batches(items): return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
-
 def _among(field, values): # pymilvus itself does not escape ids
     "Milvus's expression for a field that has one of these values."
     return f"{field} in {json.dumps(values, ensure_ascii=False)}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'start_from_text_model', 'load_model', 'save_model', 'start_from_teacher']
+           'start_from_text_model', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
 import argparse, shutil
@@ -295,6 +295,13 @@ def start_from_text_model(
 def _is_model(folder):
     path = Path(folder)/"config.json"
     return path.exists() and isinstance(c := read_json(path), dict) and c.get("model_type") == AladinConfig.model_type
+
+def hash_weights(
+    digest, # of hashlib
+    model:nn.Module, # whose tensors, names and all, go into it
+):
+    "Make a digest change with a module's weights."
+    for name,tensor in model.state_dict().items(): digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 def load_model(
     folder, # made by `save_model`: config.json, model.safetensors, vocab.txt

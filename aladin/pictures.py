@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .config import InputError, atomic_dir, atomic_write, read_json, write_json
+from .model import hash_weights
 from .regions import Detections, RegionStore, Regions, _check_detections, _starts, _write_store, box_geometry
 
 # %% ../nbs/14_pictures.ipynb #da284a91
@@ -65,7 +66,7 @@ class Detector:
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Changes with the weights, the classes and what is kept."
         h = hashlib.sha256(json.dumps([self.names, self.threshold, self.least, self.most, self.processor.to_dict()], default=str).encode())
-        for name,tensor in self.model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hash_weights(h, self.model)
         return h.hexdigest()[:16]
 
     def _scores(self, logits):

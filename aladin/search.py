@@ -20,7 +20,7 @@ from .config import DataSettings, InputError, read_json, write_json
 from .data import RetrievalSet, load_tokenizer
 from .engines import ExactEngine, MilvusEngine, SetStore
 from .heads import alignment_scores
-from .model import AladinConfig, AladinModel, load_model
+from .model import AladinConfig, AladinModel, hash_weights, load_model
 
 # %% ../nbs/12_search.ipynb #39710628
 _GEOMETRY = [n for n in inspect.signature(AladinConfig).parameters if n not in ("kwargs", "clip")]
@@ -31,7 +31,7 @@ def model_fingerprint(
 )->str: # 16 hexadecimal digits
     "Changes with the weights, the geometry and the vocabulary."
     h = hashlib.sha256(json.dumps([[getattr(model.config, n) for n in _GEOMETRY], sorted(tokenizer.get_vocab().items())]).encode())
-    for name,tensor in model.state_dict().items(): h.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    hash_weights(h, model)
     return h.hexdigest()[:16]
 
 def model_settings(

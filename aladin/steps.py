@@ -137,7 +137,7 @@ class Processes:
     ):
         self.together = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self.group,self.rank,self.count = group,dist.get_rank(group) if self.together else 0,dist.get_world_size(group) if self.together else 1
-        self.bytes_sent = 0 # of representations and scores, received by each process
+        self.bytes_exchanged = 0 # of representations and scores, received by each process
 
     @classmethod
     def start(cls):
@@ -173,7 +173,7 @@ class Processes:
         parts = [own.contiguous() if r == self.rank else own.new_empty(n, *own.shape[1:]) for r,n in enumerate(counts)]
         for r,part in enumerate(parts):
             if part.numel(): dist.broadcast(part, group_src=r, group=self.group)
-        self.bytes_sent += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
+        self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
         return torch.cat(parts),counts
 
     def return_sums(self,
@@ -185,7 +185,7 @@ class Processes:
         parts = [o.contiguous() for o in gradient.split(counts)]
         for r,part in enumerate(parts):
             if part.numel(): dist.reduce(part, group_dst=r, group=self.group)
-        self.bytes_sent += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
+        self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
         return parts[self.rank]
 
     def sum_gradients(self,
@@ -294,13 +294,10 @@ def _random_state(): return torch.get_rng_state(),torch.cuda.get_rng_state_all()
 @contextmanager
 def _random_numbers_from(state):
     "Within: the random numbers that came after `state`; after it, those that would have come."
-    def put(state):
+    with torch.random.fork_rng():
         torch.set_rng_state(state[0])
         if state[1]: torch.cuda.set_rng_state_all(state[1])
-    after = _random_state()
-    put(state)
-    try: yield
-    finally: put(after)
+        yield
 
 class Step:
     "Losses and gradients of whole batches, whoever encodes them and in how many pieces; raises `InputError` for a term that cannot be cut."

@@ -194,7 +194,7 @@ class TrainingLog:
 
     def tensors(self)->dict: # float64 [rows] each, NaN where a row has no such figure
         "The table's columns, for a checkpoint."
-        return {f"log.{k}": torch.as_tensor(v.to_numpy(np.float64)) for k,v in self.table().items()}
+        return {f"log.{k}": torch.tensor(v.to_numpy(np.float64)) for k,v in self.table().items()}
 
     def load(self,
         tensors:dict, # of `tensors`
@@ -315,11 +315,11 @@ class Training:
         s,batches,start = self.config.training,self._batches(),time.perf_counter()
         shares = read_epoch(source, batches, self.config, self.epoch, self.processes, self.batch, self.device.type == "cuda")
         for rows in batches[self.batch:]:
-            share,waited,sent = next(shares),time.perf_counter()-start,self.processes.bytes_sent
+            share,waited,sent = next(shares),time.perf_counter()-start,self.processes.bytes_exchanged
             figures = self._one_step(step, share, rows)
             self.step,self.batch = self.step+1,self.batch+1
             if self.step % 20 == 0: release_memory()
-            if self.processes.together: figures["exchanged_mib"] = (self.processes.bytes_sent - sent)/2**20
+            if self.processes.together: figures["exchanged_mib"] = (self.processes.bytes_exchanged - sent)/2**20
             taken = time.perf_counter()-start
             self.log.add(self.step, **figures, step_seconds=taken, data_share=waited/taken)
             bar.update()

@@ -54,7 +54,7 @@ def gradients(vocabulary, loss, rows, chunk_size, processes):
     model, criterion = AladinModel(AladinConfig.from_settings(config.model, config.data, 16, 12)).train(), Criterion(config.loss)
     total, _ = Step(model, criterion, data, config, processes=processes)(read_share(data, processes.share(rows), chunk_size), rows)
     tensors = {n: p.grad for n, p in [*model.named_parameters(), *criterion.named_parameters()] if p.grad is not None}
-    return tensors | dict(total=total[None]), processes.bytes_sent
+    return tensors | dict(total=total[None]), processes.bytes_exchanged
 
 
 def work(vocabulary, out):
