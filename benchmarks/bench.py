@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from aladin.config import DataSettings, read_json, write_json
 from aladin.data import Ragged, RetrievalSet, load_tokenizer
@@ -48,6 +49,20 @@ def once(work):
     return time.perf_counter() - start,out
 
 
+def on_one_thread(work):
+    "What a reference takes as the originals were measured: seconds on one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: return once(work)
+    finally: torch.set_num_threads(threads)
+
+
+def flop(work):
+    "Operations of the matrix products in one call, padding within its batches included."
+    with FlopCounterMode(display=False) as counter: work()
+    return counter.get_total_flops()
+
+
 def peak_memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10  # MiB
 
 
@@ -61,6 +76,9 @@ def matmul_peak(dtype=torch.float32, device="cpu", n=4096):
     return 2*n**3/timed(product)[0]
 
 
+def matmul_peaks(): return {k: matmul_peak(getattr(torch, k)) for k in ("float32", "bfloat16")}
+
+
 def unit(*shape, generator): return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
@@ -70,9 +88,9 @@ def ragged(count, low, high, generator):
 
 
 def random_embeddings(images, seed=0):
-    "A split of random vectors: 28 to 38 regions an image, five captions of 5 to 15 words each (13 tokens without the three that the head drops), near enough to their image to be found sometimes."
+    "A split of random vectors: 30 to 38 regions an image, five captions of 8 to 18 words each, near enough to their image to be found sometimes."
     g = torch.Generator().manual_seed(seed)
-    regions,words = ragged(images, 28, 38, g),ragged(5*images, 5, 15, g)
+    regions,words = ragged(images, 30, 38, g),ragged(5*images, 8, 18, g)
     owner = torch.arange(images).repeat_interleave(5)
     own = regions.offsets[owner[words.owner]] + (torch.rand(len(words.values), generator=g)*regions.lengths[owner[words.owner]]).long()
     words.values = F.normalize(words.values + .12*regions.values[own], dim=-1)
@@ -81,12 +99,12 @@ def random_embeddings(images, seed=0):
 
 
 def padded_ranks(e, queries, captions):
-    """The reference: sets stored padded to 71, the sequence first; one image against all captions, one caption against all images; the query's set
-    repeated for every candidate and the candidates' laid out anew, as a product of batched matrices does; cosines masked, maximum, sum, sorted."""
-    regions,words = (o.padded(PAD_SETS).transpose(0, 1).contiguous().transpose(0, 1) for o in (e.regions, e.words))
+    """The reference: sets stored padded to 71; one image against all captions, one caption against all images, as one product of batched matrices,
+    the query's set expanded to every candidate; cosines masked, maximum, sum, sorted."""
+    regions,words = e.regions.padded(PAD_SETS),e.words.padded(PAD_SETS)
     region_mask,word_mask = e.regions.mask(PAD_SETS),e.words.mask(PAD_SETS)
     def scores(r, rm, w, wm):
-        cosines = r.contiguous() @ w.transpose(1, 2).contiguous()
+        cosines = r @ w.transpose(1, 2)
         return cosines.masked_fill_(~(rm[:, :, None] & wm[:, None]), 0).max(1).values.sum(1)
     def search(n, score, own):
         order = np.argsort(-score(n).numpy())
@@ -104,19 +122,20 @@ def padded_ranks(e, queries, captions):
 def scoring(images, every):
     "Alignment scores and ranks of both directions; the reference takes every n-th query."
     e = random_embeddings(images)
-    flop = 2*DIM*len(e.regions.values)*len(e.words.values)
-    peaks = {k: matmul_peak(getattr(torch, k)) for k in ("float32", "bfloat16")}
+    products = 2*DIM*len(e.regions.values)*len(e.words.values)
+    peaks = matmul_peaks()
     before = peak_memory()
-    ours,ranks = timed(lambda: retrieval_ranks(e), most=3) if flop < 1e13 else once(lambda: retrieval_ranks(e))
+    ours,ranks = timed(lambda: retrieval_ranks(e), most=3) if products < 1e13 else once(lambda: retrieval_ranks(e))
     memory = peak_memory() - before
-    short,rounded = timed(lambda: retrieval_ranks(e, dtype=torch.bfloat16), most=3) if flop < 1e13 else once(lambda: retrieval_ranks(e, dtype=torch.bfloat16))
+    short,rounded = timed(lambda: retrieval_ranks(e, dtype=torch.bfloat16), most=3) if products < 1e13 else once(lambda: retrieval_ranks(e, dtype=torch.bfloat16))
     queries = [np.arange(0, n, every) for n in (images, 5*images)]
     seconds,reference = padded_ranks(e, *queries)
     reference_seconds = sum(s*n/len(q) for s,q,n in zip(seconds, queries, (images, 5*images)))
-    return dict(work=f"alignment head, {images:,} x {5*images:,}, ranks of both directions", reference=reference_seconds, part=f"1/{every} of the queries" if every > 1 else "all queries", ours=ours, ratio=reference_seconds/ours,
-                equal=bool(all((a[q] == b).all() for a,b,q in zip(ranks, reference, queries))), share_of_peak=flop/ours/peaks["float32"], extra_mib=memory,
-                bfloat16=short, bfloat16_ratio=reference_seconds/short, bfloat16_share_of_peak=flop/short/peaks["bfloat16"], bfloat16_ranks_changed=float(np.mean(np.concatenate([a != b for a,b in zip(ranks, rounded)]))),
-                peak_gflops={k: v/1e9 for k,v in peaks.items()}, tflop=flop/1e12)
+    alone = dict(reference_one_thread=sum(on_one_thread(lambda: padded_ranks(e, *queries))[1][0])) if every == 1 else {}
+    return dict(work=f"alignment head, {images:,} x {5*images:,}, ranks of both directions", reference=reference_seconds, **alone, part=f"1/{every} of the queries" if every > 1 else "all queries", ours=ours, ratio=reference_seconds/ours,
+                equal=bool(all((a[q] == b).all() for a,b,q in zip(ranks, reference, queries))), share_of_peak=products/ours/peaks["float32"], extra_mib=memory,
+                bfloat16=short, bfloat16_ratio=reference_seconds/short, bfloat16_share_of_peak=products/short/peaks["bfloat16"], bfloat16_ranks_changed=float(np.mean(np.concatenate([a != b for a,b in zip(ranks, rounded)]))),
+                peak_gflops={k: v/1e9 for k,v in peaks.items()}, tflop=products/1e12)
 
 
 def training_scores(batch):
@@ -190,11 +209,13 @@ def encoding(images, part):
     model,data = base_model().eval(),random_split(images)
     with torch.no_grad():
         padded_pairs(model, data, np.arange(2))
-        reference,_ = once(lambda: [padded_pairs(model, data, np.arange(i, i + 10)) for i in range(0, part, 10)])
-    reference *= len(data)/part
+        def padded(): return [padded_pairs(model, data, np.arange(i, i + 10)) for i in range(0, part, 10)]
+        reference,alone = (f(padded)[0]*len(data)/part for f in (once, on_one_thread))
+    peaks,operations = matmul_peaks(),flop(lambda: encode_split(model, data, progress=False))
     ours,e = once(lambda: encode_split(model, data, progress=False))
     short,rounded = once(lambda: encode_split(model, data, progress=False, autocast=torch.bfloat16))
-    return dict(work=f"encoding {images} images with {len(data)} captions", reference=reference, part=f"{part} pairs", ours=ours, ratio=reference/ours, seconds_a_pair=ours/len(data),
+    return dict(work=f"encoding {images} images with {len(data)} captions", reference=reference, reference_one_thread=alone, part=f"{part} pairs", ours=ours, ratio=reference/ours, seconds_a_pair=ours/len(data),
+                share_of_peak=operations/ours/peaks["float32"], bfloat16_share_of_peak=operations/short/peaks["bfloat16"], peak_gflops={k: v/1e9 for k,v in peaks.items()}, tflop=operations/1e12,
                 bfloat16=short, bfloat16_ratio=reference/short, bfloat16_deviation=(e.image_matching - rounded.image_matching).abs().max().item())
 
 
@@ -217,7 +238,8 @@ def training_step(batch, how):
         model.zero_grad()
     before = peak_memory()
     seconds,_ = timed(step, least=20, most=3)
-    return dict(seconds=seconds, extra_mib=peak_memory() - before)
+    memory = peak_memory() - before
+    return dict(seconds=seconds, extra_mib=memory, **(dict(one_thread=on_one_thread(step)[0]) if how == "padded" else dict(share_of_peak=flop(step)/seconds/matmul_peak(torch.bfloat16 if how == "bfloat16" else torch.float32))))
 
 
 def matching_ranks(images):
@@ -284,11 +306,11 @@ def gpu():
     if not torch.cuda.is_available(): return dict(work="GPU", note="no GPU here")
     torch.backends.cuda.matmul.allow_tf32 = False
     e = random_embeddings(5000).to("cuda")
-    flop,out = 2*DIM*len(e.regions.values)*len(e.words.values),dict(work="alignment head, 5,000 x 25,000, on the GPU", gpu=torch.cuda.get_device_name())
+    products,out = 2*DIM*len(e.regions.values)*len(e.words.values),dict(work="alignment head, 5,000 x 25,000, on the GPU", gpu=torch.cuda.get_device_name())
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         seconds,_ = timed(lambda: retrieval_ranks(e, dtype=dtype), least=5, most=3)
-        out |= {name: seconds, f"{name}_share_of_peak": flop/seconds/matmul_peak(dtype, "cuda", 8192)}
+        out |= {name: seconds, f"{name}_share_of_peak": products/seconds/matmul_peak(dtype, "cuda", 8192)}
     return out
 
 
@@ -306,6 +328,12 @@ def run_section(name, threads):
 def seconds_text(s): return f"{s:.0f} s" if s >= 100 else f"{s:.2f} s" if s >= 1 else f"{s*1000:.2f} ms" if s >= 1e-3 else f"{s*1e6:.1f} µs"
 
 
+def against_one_thread(row):
+    "The same ratios with one thread for the reference, as the originals' own times were taken, and ours on all of them."
+    alone = {"the reference on one thread": row.get("reference_one_thread"), "the originals on one thread": row.get("originals")}
+    return "; ".join(f"{name} {seconds_text(s)}: {s/row['ours']:.0f} times ours" + (f", {s/row['bfloat16']:.0f} times ours in bfloat16" if "bfloat16" in row else "") for name,s in alone.items() if s)
+
+
 def markdown(rows, made):
     "The table with what a reader needs beside it."
     m = made["machine"]
@@ -314,10 +342,10 @@ def markdown(rows, made):
              "| work | reference | ours | times faster | bfloat16 | times faster | more | commit |", "|---|---:|---:|---:|---:|---:|---|---|"]
     for r in rows:
         if "reference" not in r: continue
-        more = [f"copied into a batch {r['copy_ratio']:.0f} times faster" if "copy_ratio" in r else "", f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"same ranks or gradients: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
+        more = [f"copied into a batch {r['copy_ratio']:.0f} times faster" if "copy_ratio" in r else "", f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"{r['bfloat16_share_of_peak']*100:.0f} % of it in bfloat16" if "bfloat16_share_of_peak" in r else "", f"same ranks or gradients: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
                 f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
                 f"bfloat16 changes {100*r['bfloat16_ranks_changed']:.1f} % of the ranks" if "bfloat16_ranks_changed" in r else "", f"{r['seconds_a_pair']:.3f} s a pair" if "seconds_a_pair" in r else "",
-                f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", f"the originals took {seconds_text(r['originals'])} of one thread" if "originals" in r else ""]
+                f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", against_one_thread(r)]
         lines.append(f"| {r['work']} | {seconds_text(r['reference'])} | {seconds_text(r['ours'])} | {r['ratio']:.1f} | {seconds_text(r['bfloat16']) if 'bfloat16' in r else ''} | "
                      f"{format(r['bfloat16_ratio'], '.1f') if 'bfloat16_ratio' in r else ''} | {'; '.join(o for o in more if o)} | {(r['made by']['commit'] or 'unknown')[:9]} |")
     gpus = [r for r in rows if "gpu" in r]
@@ -343,7 +371,8 @@ def main():
         print(json.dumps(found[name], indent=1), flush=True)
     if {"step", "step_padded", "step_bfloat16"} <= set(found):
         ours,padded,short = (found.pop(n) for n in ("step", "step_padded", "step_bfloat16"))
-        found["step"] = dict(work="training step, batch 32, forward and backward", reference=padded["seconds"], ours=ours["seconds"], ratio=padded["seconds"]/ours["seconds"], extra_mib=ours["extra_mib"], reference_mib=padded["extra_mib"],
+        found["step"] = dict(work="training step, batch 32, forward and backward", reference=padded["seconds"], reference_one_thread=padded["one_thread"], ours=ours["seconds"], ratio=padded["seconds"]/ours["seconds"],
+                             extra_mib=ours["extra_mib"], reference_mib=padded["extra_mib"], share_of_peak=ours["share_of_peak"], bfloat16_share_of_peak=short["share_of_peak"],
                              bfloat16=short["seconds"], bfloat16_ratio=padded["seconds"]/short["seconds"])
     rows = {r["work"]: r for r in (read_json(a.out/"benchmarks.json")["rows"] if a.only and (a.out/"benchmarks.json").exists() else [])}
     rows |= {r["work"]: r | {"made by": made} | (dict(originals=ORIGINALS[name]) if name in ORIGINALS else {}) for name,r in found.items() if "seconds" not in r} # a training step is told with its reference or not at all
