@@ -225,7 +225,7 @@ def evaluate_run(
     save_embeddings(embeddings, out/"embeddings.safetensors")
     metrics = dict(data=name, configuration=config.name, heads=evaluate_embeddings(embeddings, heads, progress), heads_csls=evaluate_embeddings(embeddings, heads, progress, bank), images=len(test.image_ids), captions=len(test))
     keys = Path(data)/"test_img_keys_1k.tsv"
-    if keys.exists(): metrics["heads_1k"] = evaluate_embeddings(embeddings.subset(read_keys(keys)), heads)
+    if keys.exists(): metrics["heads_1k"] = metrics["heads"] if sorted(read_keys(keys)) == sorted(test.image_ids) else evaluate_embeddings(embeddings.subset(read_keys(keys)), heads)
     metrics |= dict(parameters=sum(p.numel() for p in model.parameters()), best_step=training["best_step"], minival=training["minival"], train_seconds=training["train_seconds"],
                     evaluate_seconds=round(time.perf_counter()-start, 1), seed=config.seed, config=training["config"], **{"made by": training["made by"]})
     write_json(out/"metrics.json", metrics)

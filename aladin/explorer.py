@@ -153,12 +153,8 @@ class Explorer(anywidget.AnyWidget):
         image:str, # image id
     )->dict: # see `explain`; with the matching score and the picture's width over its height
         "One caption and one picture, word by region; raises `InputError` for a picture that is not in the index."
-        place = self.index.engines["images"].find([image]).get(image)
-        if place is None: raise InputError(self.index.folder, f"image {image}", "a picture of the index", f"none among {len(self.index)}", "choose another picture")
-        vectors,words,pieces = self.index.encoder([query])
-        store,c,picture = self.index.stores["images"],self.index.model.config,self._picture(image)
-        scores = dict(score=float(self.index._scores(store.read([place]), words)), matching=float(np.array(store.segment(place[0]).vectors[place[1]]) @ vectors[0].numpy()))
-        return explain(self.index._alignment(place, words.values, pieces[0]), c.aggregation, c.clamp != "never") | scores | dict(ratio=picture and picture[1])
+        hit,c,picture = self.index.pair(query, image),self.index.model.config,self._picture(image)
+        return explain(hit.alignment, c.aggregation, c.clamp != "never") | dict(score=hit.score, matching=hit.matching, ratio=picture and picture[1])
 
     def _picture(self, image):
         path = find_picture(self.folder, image) if self.folder else None

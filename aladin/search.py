@@ -347,11 +347,26 @@ def search_captions(self:SearchIndex,
     explain:bool=False, # tell the alignment behind each answer
 )->list: # of `Hit`, best first
     "Find captions for a picture; raises `InputError` for one that is not in the index."
-    place = self.engines["images"].find([str(image_id)]).get(str(image_id))
-    if place is None: raise InputError(self.folder, f"image {image_id}", "a picture of the index", f"none among {len(self)}", "add it to the index first")
-    vector,regions = torch.tensor(self.stores["images"].segment(place[0]).vectors[place[1]]),self.stores["images"].read([place])
+    place,vector,regions = self._image(image_id)
     best = self._best("captions", vector[None], lambda _,words: self._scores(regions, words)[0], k, rerank)[0]
     return [self._caption_hit(*o, place if explain else None) for o in best]
+
+@patch
+def pair(self:SearchIndex,
+    query:str, # a caption
+    image_id:str, # a picture of the index
+)->Hit: # with both heads' scores and the alignment
+    "One caption and one picture, word by region; raises `InputError` for a picture that is not in the index."
+    place,vector,regions = self._image(image_id)
+    vectors,words,pieces = self.encoder([query])
+    return Hit(str(image_id), str(image_id), float(self._scores(regions, words)), float(vector @ vectors[0]), None, self._alignment(place, words.values, pieces[0]))
+
+@patch
+def _image(self:SearchIndex, image_id):
+    "Place, vector and region set of a picture."
+    place = self.engines["images"].find([str(image_id)]).get(str(image_id))
+    if place is None: raise InputError(self.folder, f"image {image_id}", "a picture of the index", f"none among {len(self)}", "add it to the index first")
+    return place,torch.tensor(self.stores["images"].segment(place[0]).vectors[place[1]]),self.stores["images"].read([place])
 
 @patch
 def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
