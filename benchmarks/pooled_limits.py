@@ -137,7 +137,7 @@ def markdown(rows):
 def main():
     args = parse_args()
     rows = measure(args)
-    write_json(dict(probes=rows, steps=args.steps, text_model=Path(args.text_model).name) | provenance(args.seed), args.out/"limits.json")
+    write_json(args.out/"limits.json", dict(probes=rows, steps=args.steps, text_model=Path(args.text_model).name) | {"made by": provenance(args.seed)})
     with atomic_write(args.out/"limits.md") as part: part.write_text(markdown(rows) + "\n", encoding="utf-8")
     print(markdown(rows))
 
