@@ -18,11 +18,12 @@ from .data import ImageBatch, Ragged
 class Layout:
     "Where packed rows stand in the padded view that attention needs."
     def __init__(self,
-        lengths:Tensor, # rows of each sequence, int64 [sequences]
+        lengths:Tensor, # rows of each sequence, int64 [sequences], in the processor's memory
+        beside:Tensor, # what is laid out, or something on its device
     ):
         self.count,self.width = len(lengths),int(lengths.max())
-        packed = Ragged(None, lengths)
-        self.slots = packed.owner*self.width + packed.position
+        packed = Ragged(beside, lengths)
+        self.slots = packed.beside(packed.owner*self.width + packed.position)
         self.mask = None if bool((lengths == self.width).all()) else packed.mask(self.width)[:, None, None]
 
     def attend(self,
@@ -72,7 +73,7 @@ class Backbone(nn.Module):
     def _embed_tokens(self, tokens, segments, clip):
         "Words by the table, or CLIP's vectors through two layers, with positions and segments."
         given = dict(inputs_embeds=clip(tokens.values)[None]) if tokens.values.is_floating_point() else dict(input_ids=tokens.values[None])
-        return self.embeddings(**given, token_type_ids=segments[None], position_ids=tokens.position[None])[0]
+        return self.embeddings(**given, token_type_ids=tokens.beside(segments)[None], position_ids=tokens.beside(tokens.position)[None])[0]
 
     def _embed_regions(self, vectors):
         "Projected and normalised; rows that end with `detic_dim`, the rest zeros, go through Detic's two layers."
@@ -86,7 +87,7 @@ class Backbone(nn.Module):
         self.layer_function = torch.compile(_layer, dynamic=True)
 
     def _run(self, hidden, lengths, all_layers):
-        layout,c = Layout(lengths),self.config
+        layout,c = Layout(lengths, hidden),self.config
         dropout = c.attention_probs_dropout_prob if self.training else 0.0
         states = [hidden]
         for layer in self.encoder.layer:
@@ -113,8 +114,8 @@ class Backbone(nn.Module):
         words = self._embed_tokens(tags, (tags.position > 0).long(), getattr(self, "clip_tags", None))
         boxes = self._embed_regions(regions.values)
         hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
-        hidden = hidden.index_copy(0, start[tags.owner] + tags.position, words)
-        hidden = hidden.index_copy(0, (start+tags.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))
+        hidden = hidden.index_copy(0, tags.beside(start[tags.owner] + tags.position), words)
+        hidden = hidden.index_copy(0, regions.beside((start+tags.lengths)[regions.owner] + regions.position), boxes.to(words.dtype))
         return self._run(hidden, lengths, all_layers)
 
     def encode_pairs(self,
@@ -128,11 +129,11 @@ class Backbone(nn.Module):
         start,shift = Ragged(None, lengths).offsets[:-1],captions.lengths[tags.owner]
         place = torch.cat([captions.position, tags.position + shift])
         segment = torch.cat([torch.zeros_like(captions.values), torch.ones_like(tags.values)])
-        words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=place[None])[0]
+        words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=text.beside(place)[None])[0]
         boxes = self._embed_regions(regions.values)
         hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
-        hidden = hidden.index_copy(0, start[torch.cat([captions.owner, tags.owner])] + place, words)
-        hidden = hidden.index_copy(0, (start + text.lengths)[regions.owner] + regions.position, boxes.to(words.dtype))
+        hidden = hidden.index_copy(0, text.beside(start[torch.cat([captions.owner, tags.owner])] + place), words)
+        hidden = hidden.index_copy(0, regions.beside((start + text.lengths)[regions.owner] + regions.position), boxes.to(words.dtype))
         return self._run(hidden, lengths, False)
 
     @staticmethod
@@ -141,4 +142,4 @@ class Backbone(nn.Module):
         images:ImageBatch, # what it was given
     )->Ragged: # [total regions, hidden]
         "Only the regions' rows: the image's set."
-        return Ragged(hidden.values[hidden.position >= images.tags.lengths[hidden.owner]], images.regions.lengths)
+        return Ragged(hidden.rows(hidden.position >= images.tags.lengths[hidden.owner]), images.regions.lengths)

@@ -63,8 +63,8 @@ def _encode(a):
     from aladin.data import load_tokenizer
     from aladin.detections import open_inputs
     from aladin.embeddings import encode_to_file
-    from aladin.model import load_model
-    model = load_model(a.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    from aladin.model import default_device, load_model
+    model = load_model(a.model).to(default_device())
     data = open_inputs(a.data, a.split, load_tokenizer(a.vocabulary or a.model), _settings_of(model, a), a.keys, a.features, progress=True)
     images,regions,captions,words = encode_to_file(model, data, a.out, a.batch_size, autocast=torch.bfloat16 if a.bfloat16 else None, dtype=a.dtype)
     print(f"{a.out}: {images} images with {regions} regions, {captions} captions with {words} words")
@@ -81,13 +81,14 @@ def _evaluate(a):
     from aladin.data import read_keys
     from aladin.embeddings import hubness, load_embeddings
     from aladin.evaluation import bootstrap_intervals, fold_metrics, ranks_metrics, retrieval_ranks
+    from aladin.model import default_device
     if a.ndcg and not a.data: raise InputError("--ndcg", "option --data", "the data folder with the captions", "none", "add --data DIR")
     if a.bank and a.folds: raise InputError("--bank", "option --folds", "one of the two", "both", "leave one out")
     if a.judgements and not a.names: raise InputError("--judgements", "option --names", "the table of image ids and file names", "none", "add --names FILE")
     embeddings = load_embeddings(a.embeddings)
     if a.keys: embeddings = embeddings.subset(read_keys(a.keys))
     if a.folds and len(embeddings.image_ids) % a.folds: raise InputError(a.embeddings, "images", f"a multiple of {a.folds} for --folds {a.folds}", len(embeddings.image_ids), "choose the images with --keys, or other folds")
-    if torch.cuda.is_available(): embeddings = embeddings.to("cuda")
+    embeddings = embeddings.to(default_device())
     near = hubness(embeddings, load_embeddings(a.bank).to(embeddings.caption_image.device), a.head) if a.bank else None
     ranks = None if a.folds else retrieval_ranks(embeddings, a.head, a.memory, torch.bfloat16 if a.bfloat16 else None, True, near)
     metrics = fold_metrics(embeddings, a.head, a.folds, progress=True) if a.folds else ranks_metrics(*ranks)

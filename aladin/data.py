@@ -139,7 +139,7 @@ def cached_tokens(
 class Ragged:
     "Sets of different sizes laid end to end."
     values:Tensor # all rows, [total, ...]
-    lengths:Tensor # rows of each set, int64 [sets]
+    lengths:Tensor # rows of each set, int64 [sets]; in the processor's memory wherever the values are
 
     def __len__(self): return len(self.lengths)
     @property
@@ -149,18 +149,24 @@ class Ragged:
     @property
     def owner(self):
         "The set each row belongs to: int64 [total]."
-        return torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths)
     @property
     def position(self):
         "The place of each row in its set: int64 [total]."
-        return torch.arange(self.lengths.sum(), device=self.lengths.device) - self.offsets[:-1][self.owner]
+        return torch.arange(self.lengths.sum()) - self.offsets[:-1][self.owner]
+
+    def beside(self,
+        index:Tensor, # in the processor's memory
+    )->Tensor: # where the values are
+        "Bring what says where rows stand to the values; a GPU goes on computing meanwhile."
+        return index.to(self.values.device, non_blocking=True)
 
     def mask(self,
         width:int|None=None, # columns; the longest set when not given
     ): # bool [sets, width], True where a row is
         "Which cells of the padded form hold a row."
         width = max(1, int(self.lengths.max())) if width is None else width
-        return torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
+        return self.beside(torch.arange(width) < self.lengths[:, None])
 
     def padded(self,
         width:int|None=None, # columns; the longest set when not given
@@ -168,7 +174,7 @@ class Ragged:
         "The sets side by side, filled up with zeros."
         width = max(1, int(self.lengths.max())) if width is None else width
         flat = self.values.new_zeros(len(self)*width, *self.values.shape[1:])
-        return flat.index_copy(0, self.owner*width + self.position, self.values).view(len(self), width, *self.values.shape[1:])
+        return flat.index_copy(0, self.beside(self.owner*width + self.position), self.values).view(len(self), width, *self.values.shape[1:])
 
     def trimmed(self,
         start:int=0, # rows to leave out at each set's start
@@ -176,24 +182,29 @@ class Ragged:
     ):
         "The sets without their first `start` and last `end` rows."
         position,length = self.position,self.lengths[self.owner]
-        return Ragged(self.values[(position >= start) & (position < length-end)], (self.lengths-start-end).clamp(min=0))
+        return Ragged(self.rows((position >= start) & (position < length-end)), (self.lengths-start-end).clamp(min=0))
+
+    def rows(self,
+        keep:Tensor, # bool [total], in the processor's memory
+    )->Tensor: # [kept rows, ...]
+        "Some of the values."
+        return self.values[self.beside(torch.nonzero(keep)[:, 0])]
 
     def __getitem__(self, index): # a slice or a sequence of set numbers
         "The chosen sets, in the order asked for."
-        index = torch.arange(len(self), device=self.lengths.device)[index]
+        index = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
         if index.ndim == 0: return self.values[self.offsets[index]:self.offsets[index+1]]
         lengths = self.lengths[index]
-        rows = torch.repeat_interleave(self.offsets[:-1][index] - (lengths.cumsum(0)-lengths), lengths) + torch.arange(lengths.sum(), device=lengths.device)
-        return Ragged(self.values[rows], lengths)
+        rows = torch.repeat_interleave(self.offsets[:-1][index] - (lengths.cumsum(0)-lengths), lengths) + torch.arange(lengths.sum())
+        return Ragged(self.values[self.beside(rows)], lengths)
 
     def to(self, *args, **kwargs):
-        "Move the values (device, type) and the lengths (device only)."
-        values = self.values.to(*args, **kwargs)
-        return Ragged(values, self.lengths.to(values.device))
+        "Move the values (device, type)."
+        return Ragged(self.values.to(*args, **kwargs), self.lengths)
 
     def pin_memory(self):
         "In memory that a GPU copies from without waiting."
-        return Ragged(self.values.pin_memory(), self.lengths.pin_memory())
+        return Ragged(self.values.pin_memory(), self.lengths)
 
     @classmethod
     def stack(cls, sets): # sequence of arrays or tensors [rows, ...]

@@ -48,11 +48,12 @@ class Embeddings:
         if not image_ids: raise InputError("embeddings", "images", "at least one image id", "none", "check the key file")
         absent = [k for k in image_ids if k not in row]
         if absent: raise InputError("embeddings", f"image {absent[0]}", "an encoded image", f"{len(absent)} ids that are not in the file", "encode with these keys")
-        images = torch.tensor([row[k] for k in image_ids])
-        captions = torch.cat([torch.nonzero(self.caption_image == i)[:, 0] for i in images])
-        owner = torch.repeat_interleave(torch.arange(len(images)), torch.stack([(self.caption_image == i).sum() for i in images]))
-        return Embeddings(self.image_matching[images], self.caption_matching[captions], self.regions[images], self.words[captions],
-                          list(image_ids), owner, self.aggregation, self.clamp)
+        images,owner = torch.tensor([row[k] for k in image_ids]),self.caption_image.cpu()
+        captions = [torch.nonzero(owner == i)[:, 0] for i in images]
+        owner,captions = torch.repeat_interleave(torch.arange(len(images)), torch.tensor([len(o) for o in captions])),torch.cat(captions)
+        at = lambda o: o.to(self.caption_image.device)
+        return Embeddings(self.image_matching[at(images)], self.caption_matching[at(captions)], self.regions[images], self.words[captions],
+                          list(image_ids), at(owner), self.aggregation, self.clamp)
 
 # %% ../nbs/10_embeddings.ipynb #c57a9756
 class _Encoding:

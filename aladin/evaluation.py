@@ -121,7 +121,7 @@ def evaluate_model(
     progress:bool=False, # show progress bars
 )->dict: # as `evaluate_embeddings`
     "Encode a split and evaluate it."
-    return evaluate_embeddings(encode_split(model, data, progress=progress), heads, progress)
+    return evaluate_embeddings(encode_split(model, data, progress=progress).to(next(model.parameters()).device), heads, progress)
 
 # %% ../nbs/11_evaluation.ipynb #b9810d25
 class EntangledScorer:
@@ -148,7 +148,7 @@ class EntangledScorer:
             rows = order[at:at+self.batch_size]
             with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 hidden = self.model.backbone.encode_pairs(d.caption_batch(captions[rows]).to(device), d.image_batch(images[rows]).to(device))
-                first = hidden.values[hidden.offsets[:-1]]
+                first = hidden.values[hidden.beside(hidden.offsets[:-1])]
                 logits = self.model.classifier(self.model.backbone.pooler(first[:, None])).float()
             out[rows] = logits.softmax(1)[:, 1].cpu()
         self.model.train(training)

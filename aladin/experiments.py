@@ -21,7 +21,7 @@ from .data import build_vocabulary, captions_file, load_tokenizer, read_captions
 from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
-from .model import AladinConfig, AladinModel, load_model, save_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, default_device, load_model, save_model, start_from_teacher, start_from_text_model
 from .plots import results_table, students_markdown, students_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
@@ -126,7 +126,7 @@ def _new_model(config, training, tokenizer):
     "A model of the configuration's geometry, from a text model or random weights."
     model = AladinModel(AladinConfig.for_split(config, training, len(tokenizer)))
     if config.model.init_from: start_from_text_model(model, config.model.init_from)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(default_device())
 
 def _start(model, config, data, teacher):
     "Take the weights of a teacher or of a pre-trained model; what was taken."
@@ -214,15 +214,15 @@ def evaluate_run(
     "Encode the test set once, evaluate the trained heads on all of it and on its 1K key file, write the embeddings and metrics.json; heads_csls in it are the figures corrected for hubness."
     run,out,start = Path(run),Path(out or run),time.perf_counter()
     training = read_json(run/"training.json")
-    model = load_model(run/"model").to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run/"model").to(default_device())
     config = config_from_dict(training["config"])
     heads = trained_heads(config.loss.terms)
     keys = Path(data)/"test_img_keys.tsv"
     tokenizer = load_tokenizer(run/"model")
     test = open_inputs(data, "test", tokenizer, config.data, keys.name if keys.exists() else None)
-    bank = _bank(model, data, config, tokenizer)
-    embeddings = encode_split(model, test, progress=progress)
+    bank,embeddings = _bank(model, data, config, tokenizer),encode_split(model, test, progress=progress)
     save_embeddings(embeddings, out/"embeddings.safetensors")
+    bank,embeddings = (o.to(default_device()) for o in (bank, embeddings))
     metrics = dict(data=name, configuration=config.name, heads=evaluate_embeddings(embeddings, heads, progress), heads_csls=evaluate_embeddings(embeddings, heads, progress, bank), images=len(test.image_ids), captions=len(test))
     keys = Path(data)/"test_img_keys_1k.tsv"
     if keys.exists(): metrics["heads_1k"] = metrics["heads"] if sorted(read_keys(keys)) == sorted(test.image_ids) else evaluate_embeddings(embeddings.subset(read_keys(keys)), heads)

@@ -80,9 +80,8 @@ class _Best(torch.autograd.Function):
         if not rows.numel() or not queries.numel(): return torch.zeros_like(rows),torch.zeros_like(queries),None,None
         gradient,where = gradient.masked_fill(where < 0, 0),where.clamp(min=0)
         for_queries = F.embedding_bag(where.T.contiguous(), rows, mode="sum", per_sample_weights=gradient.T.contiguous())
-        order = where.flatten().argsort(stable=True)
-        starts = torch.bincount(where.flatten(), minlength=len(rows)).cumsum(0).roll(1)
-        starts[0] = 0
+        row,order = where.flatten().sort(stable=True)
+        starts = torch.searchsorted(row, torch.arange(len(rows), device=rows.device))
         for_rows = F.embedding_bag(order % len(queries), queries, starts, mode="sum", per_sample_weights=gradient.flatten()[order])
         return for_rows,for_queries,None,None
 
@@ -99,13 +98,13 @@ def best_cosines(
     floor = torch.full_like(lengths, clamp == "always", dtype=torch.bool)
     if clamp == "batch": floor = sets.lengths < (int(lengths.max()) if width is None else width)
     dtype = torch.promote_types(sets.values.dtype, queries.dtype)
-    with torch.autocast(queries.device.type, enabled=False): best = _Best.apply(sets.values.to(dtype), queries.to(dtype), sets.lengths, floor) # in the type of what it is given
-    return best if order is None else best[order.argsort()]
+    with torch.autocast(queries.device.type, enabled=False): best = _Best.apply(sets.values.to(dtype), queries.to(dtype), sets.lengths, sets.beside(floor)) # in the type of what it is given
+    return best if order is None else best[sets.beside(order.argsort())]
 
 def _summed(values, sets):
     "Sums of neighbouring columns, at least in float32: [.., total rows] to [.., sets]."
     if values.dtype in (torch.bfloat16, torch.float16): values = values.float()
-    return values.new_zeros(len(values), len(sets)).index_add(1, sets.owner, values)
+    return values.new_zeros(len(values), len(sets)).index_add(1, sets.beside(sets.owner), values)
 
 def alignment_scores(
     regions:Ragged, # region sets of the images, rows of length 1, [total regions, dim]
@@ -119,7 +118,7 @@ def alignment_scores(
     if aggregation in ("MrSw", "MrAVGw", "symm"): by_word = _summed(best_cosines(regions, words.values, clamp, width), words)
     if aggregation in ("MwSr", "symm"): by_region = _summed(best_cosines(words, regions.values, clamp, length), regions).T
     if aggregation == "MrSw": return by_word
-    if aggregation == "MrAVGw": return by_word / words.lengths.clamp(min=1)
+    if aggregation == "MrAVGw": return by_word / words.beside(words.lengths.clamp(min=1))
     if aggregation == "MwSr": return by_region
     if aggregation == "symm": return by_word + by_region
     if aggregation in ("sum", "mean"):
@@ -186,7 +185,7 @@ class MatchingLayer(nn.Module):
 
     def first(self, hidden:Ragged, layout:Layout)->Tensor: # [sequences, dim]
         "The first row of each sequence only."
-        a,start = self.self_attn,hidden.values[hidden.offsets[:-1]]
+        a,start = self.self_attn,hidden.values[hidden.beside(hidden.offsets[:-1])]
         wq,wk = a.in_proj_weight.split([hidden.values.shape[-1], 2*hidden.values.shape[-1]])
         bq,bk = a.in_proj_bias.split([len(wq), len(wk)])
         k,v = (Ragged(o, hidden.lengths).padded().unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for o in F.linear(hidden.values, wk, bk).chunk(2, dim=-1))
@@ -211,7 +210,7 @@ class MatchingHead(nn.Module):
 
     def forward(self, hidden:Ragged)->Tensor: # [sequences, dim]
         "The normalised first output row: [CLS] of a caption, the first region of an image."
-        layout,x = Layout(hidden.lengths),hidden.values
+        layout,x = Layout(hidden.lengths, hidden.values),hidden.values
         for layer in self.layers[:-1]: x = layer(x, layout)
         return F.normalize(self.layers[-1].first(Ragged(x, hidden.lengths), layout), dim=-1)
 
@@ -229,7 +228,7 @@ class TransformerLayers(nn.Module):
 
     def forward(self, hidden:Ragged)->Ragged: # [total rows, dim], as it came
         "Every row of the last layer."
-        layout,x = Layout(hidden.lengths),hidden.values
+        layout,x = Layout(hidden.lengths, hidden.values),hidden.values
         for layer in self.layers: x = layer(x, layout)
         return Ragged(x, hidden.lengths)
 
@@ -261,7 +260,7 @@ class GatedDepth(nn.Module):
     def forward(self, states:list)->Ragged: # one Ragged [total rows, dim] a layer -> [total rows, dim]
         "Row by row."
         lengths,x = states[0].lengths,torch.stack([o.values for o in states])
-        return Ragged((self.gates(x, Layout(lengths.repeat(len(states)))) * x).sum(0), lengths)
+        return Ragged((self.gates(x, Layout(lengths.repeat(len(states)), x)) * x).sum(0), lengths)
 
 # %% ../nbs/06_heads.ipynb #527d14b0
 class DepthFusion(nn.Module):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'start_from_text_model', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
+           'start_from_text_model', 'default_device', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
-import argparse, shutil
+import argparse, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,6 +295,12 @@ def start_from_text_model(
 def _is_model(folder):
     path = Path(folder)/"config.json"
     return path.exists() and isinstance(c := read_json(path), dict) and c.get("model_type") == AladinConfig.model_type
+
+def default_device()->torch.device:
+    "The GPU where there is one, else the processor; the environment variable ALADIN_DEVICE names another. Raises `InputError` where torch knows no such device."
+    name = os.environ.get("ALADIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try: return torch.device(name)
+    except RuntimeError: raise InputError("ALADIN_DEVICE", "environment variable", "a device of torch, such as cpu, cuda or cuda:1", repr(name), "name one of these or unset it") from None
 
 def hash_weights(
     digest, # of hashlib

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .config import InputError, atomic_dir, atomic_write, read_json, write_json
-from .model import hash_weights
+from .model import default_device, hash_weights
 from .regions import Detections, RegionStore, Regions, _check_detections, _starts, _write_store, box_geometry
 
 # %% ../nbs/14_pictures.ipynb #da284a91
@@ -58,7 +58,7 @@ class Detector:
         options = dict(local_files_only=not hub)
         try: self.processor,self.model = (o.from_pretrained(name.removeprefix("hub:"), **options) for o in (AutoImageProcessor, AutoModelForObjectDetection))
         except (OSError, ValueError, KeyError, ImportError) as e: raise InputError(name, "detector", "an object detector that transformers can load", str(e).strip().split("\n")[0][:200], "choose another, such as hub:PekingU/rtdetr_r50vd") from None
-        self.model = self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = self.model.eval().to(default_device())
         self.names = {int(k): v for k,v in self.model.config.id2label.items()}
         self.threshold,self.least,self.most = threshold,least,most
 

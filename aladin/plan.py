@@ -22,7 +22,7 @@ from .embeddings import encode_split
 from .evaluation import evaluate_embeddings
 from .experiments import _vocabulary_lines, needs_teacher
 from .graph import experiment_config
-from .model import AladinConfig, AladinModel, load_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, default_device, load_model, start_from_teacher, start_from_text_model
 from .regions import TsvFile, open_regions, read_detections
 from .training import pretrain, set_seed, train, trained_heads
 
@@ -126,9 +126,9 @@ def measure(
     steps = max(1, steps)
     chosen = np.random.default_rng(config.seed).permutation(sorted(captions))[:config.training.batch_size*(steps+1)].tolist()
     sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, tokenizer, config.data, clip=clip)
-    data,few,gpu = sample(len(chosen)),sample(32),torch.cuda.is_available()
+    data,few,device = sample(len(chosen)),sample(32),default_device()
     set_seed(config.seed)
-    model = AladinModel(AladinConfig.for_split(config, data, len(tokenizer))).to("cuda" if gpu else "cpu")
+    model = AladinModel(AladinConfig.for_split(config, data, len(tokenizer))).to(device)
     if Path(config.model.init_from or "-").is_dir(): start_from_text_model(model, config.model.init_from)
     reading,_ = _timed(lambda: [regions.features(i) for i in few.image_ids])
     pretraining = _pretraining_seconds(model, data, config, steps)
@@ -136,7 +136,7 @@ def measure(
     encoding,encoded = _timed(lambda: encode_split(model, few, progress=False))
     scoring,_ = _timed(lambda: evaluate_embeddings(encoded, trained_heads(config.loss.terms)))
     images = len(few.image_ids)
-    return Measured(torch.cuda.get_device_name() if gpu else f"the processor (threads: {torch.get_num_threads()})", len(seconds), float(np.median(seconds)), pretraining, reading/images,
+    return Measured(f"the processor (threads: {torch.get_num_threads()})" if device.type == "cpu" else torch.cuda.get_device_name() if device.type == "cuda" else str(device), len(seconds), float(np.median(seconds)), pretraining, reading/images,
                     encoding/images, scoring/(images*len(few)), sum(p.numel() for p in model.parameters()), _bytes(encoded)/images)
 
 def _timed(action):

@@ -51,12 +51,11 @@ def _extract(a):
 
 def _built_index(a):
     "An index made, or gone on with, as the options say."
-    import torch
     from aladin.data import load_tokenizer
-    from aladin.model import load_model
+    from aladin.model import default_device, load_model
     from aladin.search import SearchIndex
     if not a.model or not a.data: raise InputError("aladin index", "options", "--model and --data", "one of them missing", "name both, or --delete image ids of an index that is there")
-    model,tokenizer = load_model(a.model).to("cuda" if torch.cuda.is_available() else "cpu"),load_tokenizer(a.model)
+    model,tokenizer = load_model(a.model).to(default_device()),load_tokenizer(a.model)
     index = SearchIndex.build(model, _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features), a.out, a.engine, a.approximate, a.batch_size)
     write_json(index.folder/"index.json", index.info | dict(model_folder=str(Path(a.model).resolve()), data=str(Path(a.data).resolve())))
     return index

@@ -252,7 +252,7 @@ def batch_losses(
         encoder = frozen or model
         images = _float(encoder.encode_images(share.images[0].to(device, non_blocking=True), **need))
         captions = _float(encoder.encode_captions(share.captions[0].to(device, non_blocking=True), **need))
-    of_pair = share.of_pair.to(device)
+    of_pair = share.of_pair.to(device, non_blocking=True)
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
     depth = [[o.values for o in side.depth] for side in (images, captions)] if "hidden_l1" in terms else ()
@@ -323,7 +323,7 @@ class Step:
         "Add the gradients of the batch's total loss to the parameters'."
         if not self.processes.together and not self.config.training.chunk_size:
             total,losses = batch_losses(self.model, self.criterion, self.data, rows, epoch, step, self.frozen, share, self.config.training.precision)
-            if torch.isfinite(total): total.backward()
+            total.backward()
             return total.detach(),losses
         return self._in_parts(share, rows, epoch, step)
 
@@ -339,16 +339,15 @@ class Step:
         bounds,empty = p.bounds(len(rows)),not len(share.of_pair)
         counts,own = np.diff(bounds).tolist(),slice(bounds[p.rank], bounds[p.rank+1])
         sides = [None if empty else _Side(self._encode(images, need), chunks, need) for images,chunks in ((True, share.images), (False, share.captions))]
-        of_pair = share.of_pair.to(self.device)
+        of_pair = share.of_pair.to(self.device, non_blocking=True)
         images,captions = ([None, None] if empty else [o.matching for o in sides]) if need["matching"] else (None, None)
         near = self._own_scores(sides, of_pair, share.width, len(rows)) if need["alignment"] else None
         leaf = lambda o: p.gather(o.detach(), counts)[0].requires_grad_()
         scores = leaf(near[0]) if near else None
         blank = torch.empty(0, self.model.config.hidden_size, device=self.device)
         every = [leaf(o) for o in ([blank, blank] if empty else [images[of_pair], captions])] if need["matching"] else [None, None]
-        owner = torch.as_tensor(self.data.caption_image[rows], device=self.device)
+        owner = torch.as_tensor(self.data.caption_image[rows]).to(self.device, non_blocking=True)
         total,losses = self.criterion(scores, *every, epoch, step, owner == owner[:, None])
-        if not torch.isfinite(total): return total.detach(),losses
         total.backward()
         self._send_back(sides, near, scores, every, images, captions, of_pair, own)
         p.sum_gradients(self.model.parameters())
@@ -357,9 +356,9 @@ class Step:
     def _own_scores(self, sides, of_pair, width, pairs):
         "This process's rows of alignment scores, with all words as a leaf: scores [own pairs, pairs], words [total, dim], words of each process."
         p,c = self.processes,self.model.config
-        words = sides[1].sets if sides[1] else Ragged(torch.empty(0, c.hidden_size, device=self.device), torch.empty(0, dtype=torch.int64, device=self.device))
+        words = sides[1].sets if sides[1] else Ragged(torch.empty(0, c.hidden_size, device=self.device), torch.empty(0, dtype=torch.int64))
         values,counts = p.gather(words.values.detach())
-        lengths,_ = p.gather(words.lengths)
+        lengths = p.gather(words.lengths.to(self.device))[0].cpu() if p.together else words.lengths
         values.requires_grad_()
         if p.together:
             widest = torch.tensor(width, device=self.device)

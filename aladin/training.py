@@ -49,12 +49,12 @@ def learning_rate(
 def clip_gradients(
     parameters, # whose gradients
     max_norm:float, # largest total norm; 0: only measure
-)->float: # total norm before clipping
+)->Tensor: # scalar, total norm before clipping
     "Scale the gradients down to `max_norm`."
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.nn.utils.get_total_norm(grads)
     if max_norm: torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, total)
-    return float(total)
+    return total
 
 def release_memory():
     "Give freed memory back to the system: batches of ever new sizes leave glibc's heap full of holes (10 GB after 500 steps on Flickr8k without)."
@@ -77,7 +77,7 @@ class PretrainingHead(nn.Module):
         counts[special] = 0
         self.mask_id,words = special[-1],np.sort(np.argsort(-counts, kind="stable")[:min(max_words, np.count_nonzero(counts))])
         self.register_buffer("words", torch.as_tensor(words))
-        self.register_buffer("column", torch.full((model.config.vocab_size,), -1).index_copy(0, self.words, torch.arange(len(words))))
+        self.column = torch.full((model.config.vocab_size,), -1).index_copy(0, self.words, torch.arange(len(words))) # read before a batch goes to the device
         self.bias = nn.Parameter(torch.zeros(len(words)))
         self.region_bias = nn.Parameter(torch.full((len(words),), -4.0))
         self.captions_of = [np.flatnonzero(data.caption_image == i) for i in range(len(data.image_ids))]
@@ -91,19 +91,19 @@ class PretrainingHead(nn.Module):
         "Cross-entropy of the hidden word pieces; where CLIP reads the captions, its tokens predict their caption's words instead."
         if self.data.settings.caption_reader == "clip":
             return self._best_row_loss(self.model.backbone.encode_captions(self.data.caption_batch(rows).to(self.words.device)), [[r] for r in rows])
-        tokens = self.data.caption_batch(rows).to(self.words.device)
+        tokens = self.data.caption_batch(rows)
         target = self.column[tokens.values]
-        hidden = (torch.rand(len(target), generator=generator).to(target.device) < .15) & (target >= 0)
+        hidden = (torch.rand(len(target), generator=generator) < .15) & (target >= 0)
         if not hidden.any(): hidden = target >= 0
         if not hidden.any(): return self.bias.sum()*0
-        states = self.model.backbone.encode_captions(Ragged(tokens.values.masked_fill(hidden, self.mask_id), tokens.lengths))
-        return F.cross_entropy(self._logits(states.values[hidden], self.bias), target[hidden])
+        states = self.model.backbone.encode_captions(Ragged(tokens.values.masked_fill(hidden, self.mask_id), tokens.lengths).to(self.words.device, non_blocking=True))
+        return F.cross_entropy(self._logits(states.rows(hidden), self.bias), states.beside(target[hidden]))
 
     def region_states(self,
         images, # image numbers
     )->Ragged: # [total regions, hidden]
         "The regions of some images, through the backbone."
-        batch = self.thinning.images(self.data.image_batch(images)).to(self.words.device)
+        batch = self.thinning.images(self.data.image_batch(images)).to(self.words.device, non_blocking=True)
         return self.model.backbone.regions_of(self.model.backbone.encode_images(batch), batch)
 
     def regions_loss(self,
@@ -117,10 +117,11 @@ class PretrainingHead(nn.Module):
         "Binary cross-entropy of the words of each set's captions, each predicted by its best row."
         logits = Ragged(self._logits(sets.values, self.region_bias), sets.lengths)
         best = logits.padded().masked_fill(~logits.mask()[:, :, None], -1e4).max(1).values
-        target = torch.zeros_like(best)
+        target = torch.zeros(best.shape)
         for i,own in enumerate(captions):
-            ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in own]), device=best.device)]
+            ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in own]))]
             target[i, ids[ids >= 0]] = 1
+        target = logits.beside(target)
         return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum().clamp(min=1)
 
     def contrast_loss(self,
@@ -130,10 +131,10 @@ class PretrainingHead(nn.Module):
         scale:float=4.0, # factor of the alignment scores
     )->Tensor: # scalar
         "InfoNCE of the alignment scores over the batch, mean of both directions (van den Oord et al. 2018); an image's own captions count as one."
-        model,tokens = self.model,self.thinning.captions(self.data.caption_batch(rows)).to(self.words.device)
+        model,tokens = self.model,self.thinning.captions(self.data.caption_batch(rows)).to(self.words.device, non_blocking=True)
         words = model.alignment.word_set(model.backbone.encode_captions(tokens))
         scores = model.alignment(model.alignment.region_set(sets), words)
-        return infonce_loss(scores, scale, owner.to(scores.device) == torch.arange(len(scores), device=scores.device)[:, None])
+        return infonce_loss(scores, scale, owner.to(scores.device, non_blocking=True) == torch.arange(len(scores), device=scores.device)[:, None])
 
 def pretrain(
     model:AladinModel, # its backbone is trained in place
@@ -155,14 +156,14 @@ def pretrain(
         sets = head.region_states(images)
         tasks = dict(words=lambda: head.words_loss(rows, generator), regions=lambda: head.regions_loss(sets, images), contrast=lambda: head.contrast_loss(sets, rows, torch.as_tensor(owner)))
         losses = {name: tasks[name]() for name in settings.pretrain_losses}
-        total = sum(losses.values())
         optimizer.zero_grad()
-        if not torch.isfinite(total): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
-        total.backward()
+        sum(losses.values()).backward()
         clip_gradients(list(head.parameters()), settings.grad_clip)
+        figures = dict(zip(losses, torch.stack([o.detach() for o in losses.values()]).tolist()))
+        if not np.isfinite(sum(figures.values())): raise FloatingPointError(f"pre-training: the loss is no number at step {step}; lower training.pretrain_lr or check the region features")
         optimizer.step()
         if step % 20 == 0: release_memory()
-        log.append(dict(step=step+1, **{k: v.item() for k,v in losses.items()}))
+        log.append(dict(step=step+1, **figures))
     optimizer.zero_grad()
     return pd.DataFrame(log)
 
@@ -303,12 +304,12 @@ class Training:
         self.optimizer.param_groups[0]["lr"] = learning_rate(s, self.epoch, self.step)
         self.optimizer.zero_grad()
         total,losses = step(share, rows, self.epoch, self.step)
-        self._stop_if_not_finite(total.item(), losses, rows, "loss")
         norm = clip_gradients(self.parameters, s.grad_clip)
-        self._stop_if_not_finite(norm, losses, rows, "gradient's norm")
+        figures = dict(loss=total, **{f"loss_{k}": v for k,v in losses.items()}, **self.criterion.figures, gradient_norm=norm)
+        figures = dict(zip(figures, torch.stack([o.detach().float() for o in figures.values()]).tolist())) # the only time in a step that a GPU is waited for
+        for name,what in (("loss", "loss"), ("gradient_norm", "gradient's norm")): self._stop_if_not_finite(figures[name], losses, rows, what)
         self.optimizer.step()
-        return dict(loss=total.item(), **{f"loss_{k}": v.item() for k,v in losses.items()}, **{k: v.item() for k,v in self.criterion.figures.items()},
-                    gradient_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
+        return figures | dict(lr=self.optimizer.param_groups[0]["lr"])
 
     def _run_epoch(self, step, source, bar):
         "The rest of an epoch, or of the training."

@@ -758,7 +758,7 @@ mask_side = {v: k for k,v in mask_of.items()}
 
 def masked_layout(mask):
     "All positions as rows, those outside the mask [sequences, positions] unseen."
-    layout = Layout(torch.full((len(mask),), mask.shape[1]))
+    layout = Layout(torch.full((len(mask),), mask.shape[1]), mask)
     layout.mask = mask[:, None, None]
     return layout
 
