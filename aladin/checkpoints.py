@@ -31,13 +31,12 @@ def _write(path, tensors, about):
 
 def read_checkpoint(
     path, # a file of `Checkpoints`
-    device="cpu", # where the tensors go
-)->tuple: # name -> tensor, what else was saved
+)->tuple: # name -> tensor, in the processor's memory; what else was saved
     "Read a checkpoint; raises `InputError` for one that is missing, cut off or foreign."
     fix = "resume from the one before it (--resume previous), or start anew in another folder"
     if not Path(path).exists(): raise InputError(path, "file", "a checkpoint", "nothing there", "check the path")
     try:
-        with safe_open(path, "pt", device=str(device)) as f: found,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, "pt") as f: found,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e: raise InputError(path, "file", "a whole checkpoint", str(e), fix) from None
     if found.get("format") != _FORMAT: raise InputError(path, "file", "a checkpoint of a training", f"another safetensors file with {sorted(tensors)[:3]}", fix)
     return tensors,json.loads(found["about"])

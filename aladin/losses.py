@@ -93,7 +93,7 @@ def ordinal_loss(
         student = student.gather(1, order)
         valid = ranked[:, :-stride] > threshold
         hinge = (margin + student[:, stride:] - student[:, :-stride]).clamp(min=0)
-        return hinge[valid].sum() / valid.sum().clamp(min=1)
+        return hinge.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
     return one(teacher, student) + one(teacher.T, student.T)
 
 def contrastive_distillation_loss(

@@ -280,7 +280,7 @@ class Training:
         self.log.load(tensors, about["columns"])
         self.step,self.epoch,self.batch,self.done,self.waited,self.best = (about[k] for k in ("step", "epoch", "batch", "done", "waited", "best"))
         self.order = tensors["order"].numpy() if "order" in tensors else None
-        if self.best["step"] >= 0: self.best_weights = read_checkpoint(self.checkpoints.best_path(self.best["step"]), self.device)[0]
+        if self.best["step"] >= 0: self.best_weights = read_checkpoint(self.checkpoints.best_path(self.best["step"]))[0]
         self.last_checkpoint = path
         set_random_states(states)
 

@@ -44,14 +44,14 @@ class Regions:
     def num_regions(self, i): return 1 + int(i) % 4
 
 
-def gradients(vocabulary, loss, rows, chunk_size, processes):
+def gradients(vocabulary, loss, rows, chunk_size, processes, device="cpu"):
     "Total loss and gradients of one step of a small model; what was received, in bytes."
     data = RetrievalSet(Regions(), {str(i): [f"a {WORDS[i % 8]} thing {WORDS[i//2]} a", f"one {WORDS[i % 5]}"] for i in range(10)}, load_tokenizer(vocabulary))
     loss = dict(loss)
     model = dict(hidden_size=16, layers=2, attention_heads=2, intermediate_size=16, dropout=0., aggregation=loss.pop("aggregation", "MrSw"))
     config = config_from_dict(dict(model=model, loss=loss | dict(weights=[1.]*len(loss["terms"])), training=dict(chunk_size=chunk_size)))
     torch.manual_seed(0)
-    model, criterion = AladinModel(AladinConfig.from_settings(config.model, config.data, 16, 12)).train(), Criterion(config.loss)
+    model, criterion = AladinModel(AladinConfig.from_settings(config.model, config.data, 16, 12)).to(device).train(), Criterion(config.loss).to(device)
     total, _ = Step(model, criterion, data, config, processes=processes)(read_share(data, processes.share(rows), chunk_size), rows)
     tensors = {n: p.grad for n, p in [*model.named_parameters(), *criterion.named_parameters()] if p.grad is not None}
     return tensors | dict(total=total[None]), processes.bytes_exchanged
