@@ -169,7 +169,7 @@ class TrainingSettings:
     recompute_layers:bool = False # keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016)
     precision:Literal["float32", "bfloat16"] = "float32" # what the encoder computes in; scores, losses, weights and moments stay float32
     compile:bool = False # torch.compile the backbone's layers; takes a minute at the start and a C++ compiler
-    workers:int = 0 # processes that read batches ahead; 0: read between the steps
+    workers:int = 0 # threads that read batches ahead; 0: two for a GPU, none for the processor, which has better to do
     checkpoint_every:int = 0 # steps between checkpoints to resume from; 0: at every validation
     keep_checkpoints:int = 2 # the newest so many are kept
     thinning:float = 0.0 # share of words and regions left out at random in training (size augmentation, Chen et al. 2021)

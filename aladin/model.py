@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'start_from_text_model', 'default_device', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
+           'default_device', 'start_from_text_model', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
 import argparse, os, shutil
@@ -274,6 +274,18 @@ def model_from_original(
 
 AladinModel.from_original = staticmethod(model_from_original)
 
+# %% ../nbs/08_model.ipynb #5e1ec7d1
+def default_device()->torch.device:
+    "The GPU where there is one, else the processor; the environment variable ALADIN_DEVICE names another. A GPU is told to give the same numbers each time, unless ALADIN_DETERMINISTIC is 0. Raises `InputError` where torch knows no such device."
+    name = os.environ.get("ALADIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try: device = torch.device(name)
+    except RuntimeError: raise InputError("ALADIN_DEVICE", "environment variable", "a device of torch, such as cpu, cuda or cuda:1", repr(name), "name one of these or unset it") from None
+    if device.type == "cuda" and os.environ.get("ALADIN_DETERMINISTIC") != "0":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False # only what reads such memory needs it filled
+    return device
+
 # %% ../nbs/08_model.ipynb #b4253d81
 def start_from_text_model(
     model:AladinModel, # a new model
@@ -295,12 +307,6 @@ def start_from_text_model(
 def _is_model(folder):
     path = Path(folder)/"config.json"
     return path.exists() and isinstance(c := read_json(path), dict) and c.get("model_type") == AladinConfig.model_type
-
-def default_device()->torch.device:
-    "The GPU where there is one, else the processor; the environment variable ALADIN_DEVICE names another. Raises `InputError` where torch knows no such device."
-    name = os.environ.get("ALADIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try: return torch.device(name)
-    except RuntimeError: raise InputError("ALADIN_DEVICE", "environment variable", "a device of torch, such as cpu, cuda or cuda:1", repr(name), "name one of these or unset it") from None
 
 def hash_weights(
     digest, # of hashlib
