@@ -207,10 +207,17 @@ class Ragged:
         return Ragged(self.values.pin_memory(), self.lengths)
 
     @classmethod
-    def stack(cls, sets): # sequence of arrays or tensors [rows, ...]
+    def stack(cls,
+        sets, # sequence of arrays or tensors [rows, ...]
+        pin:bool=False, # arrays: into memory that a GPU copies from without waiting
+    ):
         "Lay `sets` end to end."
-        values = torch.cat(list(sets)) if isinstance(sets[0], Tensor) else torch.from_numpy(np.concatenate(sets))
-        return cls(values, torch.tensor([len(o) for o in sets]))
+        lengths = torch.tensor([len(o) for o in sets])
+        if isinstance(sets[0], Tensor): return cls(torch.cat(list(sets)), lengths)
+        if not pin: return cls(torch.from_numpy(np.concatenate(sets)), lengths)
+        values = torch.empty((int(lengths.sum()), *sets[0].shape[1:]), dtype=getattr(torch, sets[0].dtype.name), pin_memory=True)
+        np.concatenate(sets, out=values.numpy())
+        return cls(values, lengths)
 
 # %% ../nbs/04_data.ipynb #8b54ce68
 @dataclass
@@ -281,10 +288,11 @@ class RetrievalSet:
 
     def image_batch(self,
         rows, # image numbers, 0 for the split's first
+        pin:bool=False, # regions into memory that a GPU copies from without waiting
     )->ImageBatch:
         "Tags and regions of some images."
         vectors = [np.asarray(self.regions.features(self.image_ids[r])[:self.settings.max_regions], dtype=np.float32) for r in rows]
-        return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors))
+        return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors, pin))
 
     def caption_batch(self,
         rows, # caption numbers

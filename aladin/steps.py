@@ -66,7 +66,7 @@ class FrozenStates:
         self._images = states("frozen images", len(data.image_ids), image_states)
         self._captions = states("frozen captions", len(data), lambda rows: backbone.encode_captions(data.caption_batch(rows).to(device)))
 
-    def image_batch(self, rows)->Ragged: return self._images[torch.as_tensor(rows)]
+    def image_batch(self, rows, pin=False)->Ragged: return self._images[torch.as_tensor(rows)]
     def caption_batch(self, rows)->Ragged: return self._captions[torch.as_tensor(rows)]
     def encode_images(self, states, **need)->Encoded: return self.model._encode([states], -1, self.model.alignment.region_set, **need)
     def encode_captions(self, states, **need)->Encoded: return self.model._encode([states], 0, self.model.alignment.word_set, **need)
@@ -99,14 +99,16 @@ def read_share(
     rows:np.ndarray, # caption numbers of this process
     chunk_size:int=0, # most images and captions of a chunk; 0: all
     thinning:Thinning|None=None, # what is left out
+    pin:bool=False, # into memory that a GPU copies from without waiting
 )->Share:
     "Read some captions and their images."
     distinct,of_pair = np.unique(source.caption_image[rows], return_inverse=True)
     thinning = thinning or Thinning(0, 0)
     leave = (lambda b: b, lambda b: b) if isinstance(source, FrozenStates) else (thinning.images, thinning.captions)
-    images,captions = [leave[0](source.image_batch(o)) for o in _pieces(distinct, chunk_size)],[leave[1](source.caption_batch(o)) for o in _pieces(rows, chunk_size)]
+    images,captions = [leave[0](source.image_batch(o, pin and not thinning.share)) for o in _pieces(distinct, chunk_size)],[leave[1](source.caption_batch(o)) for o in _pieces(rows, chunk_size)]
     sets = [o if isinstance(o, Ragged) else o.regions for o in images]
-    return Share(images, captions, torch.as_tensor(of_pair), max((int(o.lengths.max()) for o in sets), default=0))
+    share = Share(images, captions, torch.as_tensor(of_pair), max((int(o.lengths.max()) for o in sets), default=0))
+    return share.pin_memory() if pin else share
 
 READERS = 2 # threads that read ahead for a GPU, where training.workers does not say
 
@@ -121,9 +123,7 @@ def read_epoch(
 ):
     "Iterate over the shares of an epoch's batches; with `workers`, and for a GPU, threads read them ahead. Threads and not processes: copying rows leaves Python free, handing tensors from one process to another does not pay."
     t,count = config.training,len(batches)
-    def read(at):
-        share = read_share(source, processes.share(batches[at]), t.chunk_size, Thinning(t.thinning, config.seed, epoch, at, processes.rank))
-        return share.pin_memory() if pin else share
+    def read(at): return read_share(source, processes.share(batches[at]), t.chunk_size, Thinning(t.thinning, config.seed, epoch, at, processes.rank), pin)
     threads = t.workers or READERS*pin
     if not threads: yield from map(read, range(start, count)); return
     with ThreadPoolExecutor(threads, "reading") as pool:
