@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import InputError, atomic_write, read_json, write_json
-from .data import Ragged, RetrievalSet
+from .data import READERS, Ragged, RetrievalSet, read_ahead
 from .heads import alignment_scores
 from .model import AladinModel, hash_weights
 
@@ -69,9 +69,13 @@ class _Encoding:
         self.order = {side: np.argsort(-n, kind="stable") for side,n in dict(images=counts + data.tag_lengths, captions=tokens).items()}
         self.dim,self.clamp = c.hidden_size,"never" if c.clamp == "never" else "always"
 
-    def _encode(self, side, items):
-        if side == "images": return self.model.encode_images(self.data.image_batch(items).to(self.device))
-        return self.model.encode_captions(self.data.caption_batch(items).to(self.device))
+    def _read(self, side, batches):
+        "Each batch with its numbers; for a GPU read ahead into pinned memory."
+        gpu = self.device.type == "cuda"
+        def read(items):
+            batch = self.data.image_batch(items, gpu) if side == "images" else self.data.caption_batch(items)
+            return items,batch.pin_memory() if gpu else batch
+        return read_ahead(read, batches, READERS*gpu)
 
     def autocasting(self):
         "The type to compute in, for all batches at once: the weights are then rounded but once."
@@ -84,9 +88,10 @@ class _Encoding:
         steps,training = range(0, len(order), self.batch_size),self.model.training
         self.model.eval()
         try:
-            for at in tqdm(steps[done:], desc=side, initial=done, total=len(steps), unit="batch", disable=not progress):
-                items = order[at:at+self.batch_size]
-                out = self._encode(side, items)
+            encode = self.model.encode_images if side == "images" else self.model.encode_captions
+            batches = self._read(side, [order[at:at+self.batch_size] for at in steps[done:]])
+            for items,batch in tqdm(batches, desc=side, initial=done, total=len(steps), unit="batch", disable=not progress):
+                out = encode(batch.to(self.device, non_blocking=True))
                 matching[items] = out.matching.to("cpu", matching.dtype)
                 sets[np.concatenate([np.arange(offsets[i], offsets[i+1]) for i in items])] = out.sets.values.to("cpu", sets.dtype)
                 done += 1
