@@ -209,6 +209,17 @@ def _connect(pymilvus, uri):
             if wait and uri.startswith("http"): time.sleep(wait)
             else: raise InputError(uri, "Milvus", "a server that answers, or a file that no other process has open", str(e)[:200], f"check the address and the token in {TOKEN}; a file serves one process, `milvus-lite server` several") from None
 
+class _Client:
+    "A Milvus client; raises `InputError` for what fails at the other end."
+    def __init__(self, pymilvus, uri): self._client,self._uri,self._error = _connect(pymilvus, uri),uri,pymilvus.MilvusException
+    def __getattr__(self, name):
+        method = getattr(self._client, name)
+        def call(*args, **options):
+            try: return method(*args, **options)
+            except self._error as e:
+                raise InputError(self._uri, f"Milvus, {name}", "an answer", " ".join(str(e).split())[:200], "see that the server runs and give the command again; what was acknowledged before is safe") from None
+        return call
+
 class MilvusEngine:
     "Vectors in a Milvus collection: an embedded file, a server or a cluster."
     def __init__(self,
@@ -221,7 +232,7 @@ class MilvusEngine:
     ):
         self.store,self.uri,self.collection,self.dim = store,str(uri),collection,dim
         pymilvus = _milvus()
-        self.client = _connect(pymilvus, self.uri)
+        self.client = _Client(pymilvus, self.uri)
         if not self.client.has_collection(collection): self._create(pymilvus.DataType, fingerprint, approximate)
         properties = self.client.describe_collection(collection)["properties"]
         if (found := properties.get("aladin.fingerprint")) != fingerprint:

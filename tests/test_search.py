@@ -150,6 +150,7 @@ def test_killed_server_loses_nothing_acknowledged(tmp_path):
     server.kill()  # in the midst of inserts
     writer.join(60)
     assert not writer.is_alive() and len(acknowledged) >= 320
+    with pytest.raises(InputError, match="Milvus, .*: expected an answer.*give the command again"): engine.find(["0-0"])
     server.start()
     try:
         again = MilvusEngine(store, server.uri, "killed", DIM, "m")
