@@ -161,9 +161,18 @@ def _options(parser, *names):
 
 def _name_option(parser): parser.add_argument("name", metavar="NAME", help="a manifest of data_manifests/ (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a YAML file")
 
+_ENVIRONMENT = """environment variables:
+  ALADIN_DEVICE         where to compute: cpu, cuda, cuda:1 ... (default: the
+                        GPU where there is one)
+  ALADIN_DETERMINISTIC  0: a GPU may add in any order, faster but with other
+                        last digits each time
+  ALADIN_VINVL_TOKEN    read token for Microsoft's store of VinVL's files
+  ALADIN_MILVUS_TOKEN   token of a Milvus server
+"""
+
 def make_parser()->argparse.ArgumentParser:
     "The parser of the `aladin` command."
-    parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.")
+    parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_ENVIRONMENT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(run, help, example):
         p = commands.add_parser(run.__name__[1:].replace("_", "-"), help=help, description=help, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter)
