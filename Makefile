@@ -67,7 +67,7 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
-	OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 20
+	ALADIN_DEVICE=cpu OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 20
 
 bench: $(VENV)/.core ## measure speed and memory, into results/benchmarks.md and training.md (25 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))

@@ -23,8 +23,11 @@ class Layout:
     ):
         self.count,self.width = len(lengths),int(lengths.max())
         packed = Ragged(beside, lengths)
-        self.slots = packed.beside(packed.owner*self.width + packed.position)
-        self.mask = None if bool((lengths == self.width).all()) else packed.mask(self.width)[:, None, None]
+        if bool((lengths == self.width).all()): self.slots = self.rows = self.mask = None; return
+        start,column = packed.offsets[:-1, None],torch.arange(self.width)
+        self.slots = packed.beside(packed.owner*self.width + packed.position) # of each row
+        self.rows = packed.beside((start + torch.where(column < lengths[:, None], column, 0)).flatten()) # in each slot; where none is the sequence's first, which nobody sees
+        self.mask = packed.mask(self.width)[:, None, None]
 
     def attend(self,
         query:Tensor, # [rows, dim]
@@ -34,9 +37,26 @@ class Layout:
         dropout:float=0.0, # dropout of the attention weights
     )->Tensor: # [rows, dim]
         "Scaled dot-product attention of every sequence with itself."
-        def spread(x): return x.new_zeros(self.count*self.width, x.shape[-1]).index_copy(0, self.slots, x).view(self.count, self.width, heads, -1).transpose(1, 2)
+        def spread(x): return (x if self.slots is None else _gather(x, self.rows, self.slots)).view(self.count, self.width, heads, -1).transpose(1, 2)
         out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), attn_mask=self.mask, dropout_p=dropout)
-        return out.transpose(1, 2).reshape(self.count*self.width, -1)[self.slots]
+        out = out.transpose(1, 2).reshape(self.count*self.width, -1)
+        return out if self.slots is None else _gather(out, self.slots, self.rows, ~self.mask.view(-1, 1))
+
+class _Gather(torch.autograd.Function):
+    "Rows by their numbers, where `back` tells the way of the gradient and `unseen` what gets none. Both ways a gather: a GPU would sort what it adds or copies to places that may coincide, and these do not."
+    @staticmethod
+    def forward(ctx, x, index, back, unseen):
+        ctx.save_for_backward(back, unseen)
+        return x.index_select(0, index)
+    @staticmethod
+    def backward(ctx, gradient):
+        back,unseen = ctx.saved_tensors
+        gradient = gradient.index_select(0, back)
+        return gradient if unseen is None else gradient.masked_fill(unseen, 0),None,None,None
+
+def _gather(x, index, back, unseen=None):
+    "Without torch.compile, which makes the way back itself."
+    return x.index_select(0, index) if torch.compiler.is_compiling() else _Gather.apply(x, index, back, unseen)
 
 # %% ../nbs/05_backbone.ipynb #e478955a
 def _layer(layer, hidden, layout, heads, attention_dropout):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'load_torch_file', 'read_captions', 'read_keys', 'captions_file', 'load_tokenizer', 'build_vocabulary',
-           'tokenize', 'cached_tokens', 'Ragged', 'read_ahead', 'ImageBatch', 'RetrievalSet', 'open_split',
+           'tokenize', 'cached_tokens', 'send', 'Ragged', 'read_ahead', 'ImageBatch', 'RetrievalSet', 'open_split',
            'training_batches']
 
 # %% ../nbs/04_data.ipynb #c74aa505
@@ -138,6 +138,13 @@ def cached_tokens(
     return tokens
 
 # %% ../nbs/04_data.ipynb #47126584
+def send(
+    tensor:Tensor, # in the processor's memory
+    device:torch.device, # where it is wanted
+)->Tensor:
+    "Copy to a device that goes on computing meanwhile: a GPU waits for copies that are not from pinned memory."
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
 @dataclass
 class Ragged:
     "Sets of different sizes laid end to end."
@@ -161,8 +168,8 @@ class Ragged:
     def beside(self,
         index:Tensor, # in the processor's memory
     )->Tensor: # where the values are
-        "Bring what says where rows stand to the values; a GPU goes on computing meanwhile."
-        return index.to(self.values.device, non_blocking=True)
+        "Bring what says where rows stand to the values."
+        return send(index, self.values.device)
 
     def mask(self,
         width:int|None=None, # columns; the longest set when not given

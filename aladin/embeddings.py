@@ -243,7 +243,7 @@ class ScoreTiles:
             words = max(1, len(e.words.values)/captions)
             rows,wide = self.width + each*words,2*words if e.aggregation != "scan-sentences" else 3*self.width*self.length
         bytes_of = lambda side: 2**24 + side*(5*each*images + 4*each*side*(3 + wide) + 8*rows*e.image_matching.shape[1]) # 16 MiB for the product's blocks
-        side = 256
+        side = 2048 if e.caption_image.is_cuda else 256
         while side > 1 and bytes_of(side) > allowed: side //= 2
         return side
 

@@ -45,7 +45,7 @@ def provenance(
 )->dict:
     "Commit, seed, package versions and machine."
     packages = {n: version(n) for n in ("torch", "transformers", "numpy", "pandas", "papermill", "nbdev") if _installed(n)}
-    return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=bool(_git("status", "--porcelain", "--", "aladin", "nbs")), seed=seed,
+    return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=bool(_git("status", "--porcelain", "--", ":/aladin", ":/nbs")), seed=seed,
                 date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), versions=dict(python=platform.python_version(), aladin=aladin.__version__, **packages),
                 machine=dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
                              accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
@@ -173,10 +173,11 @@ def train_run(
     if p.first: run.mkdir(parents=True, exist_ok=True)
     kept = Checkpoints(checkpoints or run/"checkpoints", config.training.keep_checkpoints)
     if not resume: kept.clear(p.first)
+    goes_on = p.tell(bool(kept.all())) # as the first process sees it, after its clearing
     set_seed(config.seed)
     model = _new_model(config, training, tokenizer)
     taken = _start(model, config, data, teacher)
-    if config.training.pretrain_steps and not teacher and not kept.all():
+    if config.training.pretrain_steps and not teacher and not goes_on:
         table = pretrain(model, training, config.training, config.seed, progress and p.first)
         if p.first: _write_csv(table, run/"pretraining.csv")
     p.same_start(model, config.seed)

@@ -233,20 +233,30 @@ def run_stage(
     return done
 
 # %% ../nbs/17_graph.ipynb #d1e5c622
+# Said in the new process and not between fork and exec, where threads of others (gRPC's) may have left a lock closed.
+_LAUNCH = """import os, signal, sys
+from aladin.graph import end_with_parent
+how = int(sys.argv[1])
+if how == signal.SIGINT: signal.signal(how, signal.SIG_DFL) # a shell's & had it ignored
+end_with_parent(how)
+os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[2:]])"""
+
 def _snakemake(graph, jobs, *options, profile=None):
     "Run Snakemake on the study; its exit status. When we end it is killed; with a profile it is interrupted, and cancels what it submitted."
     folder = Path(graph["folder"]).resolve()
-    command = [sys.executable, "-m", "snakemake", "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
+    command = [sys.executable, "-c", _LAUNCH, int(signal.SIGINT if profile else signal.SIGKILL), "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
     command += [*(["--profile", profile] if profile else []), *(["--jobs" if profile else "--cores", jobs] if jobs else [])]
-    def begin():
-        if profile: signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's & had it ignored
-        end_with_parent(signal.SIGINT if profile else signal.SIGKILL)
-    process = subprocess.Popen([str(o) for o in command], preexec_fn=begin)
+    process = subprocess.Popen([str(o) for o in command])
     try: return process.wait()
     except KeyboardInterrupt: # which it got too
         if not profile: process.kill()
         process.wait()
         raise
+
+def _on_gpu():
+    "Whether runs will compute on this machine's GPU: they then come one after another."
+    device = os.environ.get("ALADIN_DEVICE") or ("cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not list(Path("/dev").glob("nvidia[0-9]*")) else "cuda")
+    return not device.startswith("cpu")
 
 def _clear(folder):
     "Remove what killed stages have left."
@@ -267,7 +277,7 @@ def run_results(
     write_json(folder/"graph.json", graph)
     if not profile: _clear(folder) # on a cluster a part may be that of a job that still runs
     if any((folder/".snakemake"/"locks").glob("*")): _snakemake(graph, 1, "--unlock", "--quiet", "all") # left by a killed call
-    options = ["--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
+    options = [*(["--resources", "gpu_runs=1"] if not profile and _on_gpu() else []), "--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
     status = _snakemake(graph, jobs or (None if profile else os.cpu_count() or 1), *options, *(["--forceall"] if force else []), profile=profile)
     failed = sorted(str(Path(graph["folder"])/p.relative_to(folder)) for p in folder.rglob("*.failed.ipynb"))
     if status: raise RunFailed(f"{graph['name']}: {len(failed)} failed, all that does not depend on them is done; see " + (", ".join(failed) or f"{folder/'.snakemake'/'log'}"))

@@ -70,7 +70,7 @@ class _Best(torch.autograd.Function):
                 row += n*length
             first += count
         cut = floor[:, None] & (best < 0)
-        if remember: ctx.save_for_backward(rows, queries, where.masked_fill_(cut, -1))
+        if remember: ctx.save_for_backward(rows, queries, torch.where(cut, -2 - where, where)) # cut: below -1, the row still told
         return best.masked_fill_(cut, 0)
 
     @staticmethod
@@ -78,7 +78,8 @@ class _Best(torch.autograd.Function):
     def backward(ctx, gradient):
         rows,queries,where = ctx.saved_tensors
         if not rows.numel() or not queries.numel(): return torch.zeros_like(rows),torch.zeros_like(queries),None,None
-        gradient,where = gradient.masked_fill(where < 0, 0),where.clamp(min=0)
+        gradient = gradient.masked_fill(where < 0, 0)
+        where = torch.where(where < -1, -2 - where, where).clamp(min=0) # all cut cells in one bag would be summed by one thread
         for_queries = F.embedding_bag(where.T.contiguous(), rows, mode="sum", per_sample_weights=gradient.T.contiguous())
         row,order = where.flatten().sort(stable=True)
         starts = torch.searchsorted(row, torch.arange(len(rows), device=rows.device))

@@ -280,7 +280,10 @@ def default_device()->torch.device:
     name = os.environ.get("ALADIN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: raise InputError("ALADIN_DEVICE", "environment variable", "a device of torch, such as cpu, cuda or cuda:1", repr(name), "name one of these or unset it") from None
-    if device.type == "cuda" and os.environ.get("ALADIN_DETERMINISTIC") != "0":
+    if device.type != "cuda": return device
+    if device.index is not None: torch.cuda.set_device(device) # whose random numbers are kept and whose name is told
+    torch.backends.cuda.enable_cudnn_sdp(False) # it plans anew for every shape, and ragged batches have ever new ones
+    if os.environ.get("ALADIN_DETERMINISTIC") != "0":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False # only what reads such memory needs it filled

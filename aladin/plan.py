@@ -134,6 +134,7 @@ def measure(
     pretraining = _pretraining_seconds(model, data, config, steps)
     seconds = _step_seconds(model, data, config, steps)
     encoding,encoded = _timed(lambda: encode_split(model, few, progress=False))
+    encoded = encoded.to(device)
     scoring,_ = _timed(lambda: evaluate_embeddings(encoded, trained_heads(config.loss.terms)))
     images = len(few.image_ids)
     return Measured(f"the processor (threads: {torch.get_num_threads()})" if device.type == "cpu" else torch.cuda.get_device_name() if device.type == "cuda" else str(device), len(seconds), float(np.median(seconds)), pretraining, reading/images,

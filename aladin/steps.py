@@ -10,6 +10,7 @@ __all__ = ['FROZEN_LIMIT', 'Thinning', 'FrozenStates', 'frozen_states', 'Share',
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import ExperimentConfig, InputError
-from .data import READERS, ImageBatch, Ragged, RetrievalSet, read_ahead, training_batches
+from .data import READERS, ImageBatch, Ragged, RetrievalSet, read_ahead, send, training_batches
 from .losses import Criterion
-from .model import AladinModel, Encoded
+from .model import AladinModel, Encoded, default_device
 
 # %% ../nbs/09_steps.ipynb #f990bb81
 class Thinning:
@@ -137,7 +138,7 @@ class Processes:
         "Join the processes that torchrun or accelerate launch started, over gloo or NCCL by Accelerate; alone where neither did."
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             from accelerate import PartialState
-            PartialState(cpu=not torch.cuda.is_available())
+            PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=6)) # one mines or validates while the others wait
         return cls()
 
     @property
@@ -245,7 +246,7 @@ def batch_losses(
         encoder = frozen or model
         images = _float(encoder.encode_images(share.images[0].to(device, non_blocking=True), **need))
         captions = _float(encoder.encode_captions(share.captions[0].to(device, non_blocking=True), **need))
-    of_pair = share.of_pair.to(device, non_blocking=True)
+    of_pair = send(share.of_pair, device)
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
     depth = [[o.values for o in side.depth] for side in (images, captions)] if "hidden_l1" in terms else ()
@@ -254,12 +255,12 @@ def batch_losses(
 # %% ../nbs/09_steps.ipynb #fea91348
 class _Side:
     "One side of a share: its outputs as leaves whose gradients are sent back into the encoder."
-    def __init__(self, encode, chunks, need):
-        self.encode,self.chunks,self.kept = encode,chunks,len(chunks) == 1
+    def __init__(self, encode, chunks, need, device):
+        self.encode,self.chunks,self.kept,self.device = encode,chunks,len(chunks) == 1,device
         self.random,self.out = [],[]
         with torch.set_grad_enabled(self.kept):
             for chunk in chunks:
-                self.random.append(_random_state())
+                self.random.append(_random_state(device))
                 self.out.append(encode(chunk))
         self.matching = torch.cat([o.matching.detach() for o in self.out]).requires_grad_() if need["matching"] else None
         self.sets = None
@@ -276,20 +277,20 @@ class _Side:
         for i,(chunk,state) in enumerate(zip(self.chunks, self.random)):
             if self.kept: self._send(self.out[i], gradients, i)
             else:
-                with _random_numbers_from(state): self._send(self.encode(chunk), gradients, i)
+                with _random_numbers_from(state, self.device): self._send(self.encode(chunk), gradients, i)
 
     def _send(self, out, gradients, i):
         pairs = [(t, g[i]) for t,g in zip((out.matching, out.sets.values if out.sets is not None else None), gradients) if t is not None and g is not None and t.requires_grad]
         if pairs: torch.autograd.backward([t for t,_ in pairs], [g for _,g in pairs])
 
-def _random_state(): return torch.get_rng_state(),torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _random_state(device): return torch.get_rng_state(),torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 @contextmanager
-def _random_numbers_from(state):
+def _random_numbers_from(state, device):
     "Within: the random numbers that came after `state`; after it, those that would have come."
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
-        if state[1]: torch.cuda.set_rng_state_all(state[1])
+        if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
         yield
 
 class Step:
@@ -331,15 +332,15 @@ class Step:
         p,need = self.processes,_needs(self.terms)
         bounds,empty = p.bounds(len(rows)),not len(share.of_pair)
         counts,own = np.diff(bounds).tolist(),slice(bounds[p.rank], bounds[p.rank+1])
-        sides = [None if empty else _Side(self._encode(images, need), chunks, need) for images,chunks in ((True, share.images), (False, share.captions))]
-        of_pair = share.of_pair.to(self.device, non_blocking=True)
+        sides = [None if empty else _Side(self._encode(images, need), chunks, need, self.device) for images,chunks in ((True, share.images), (False, share.captions))]
+        of_pair = send(share.of_pair, self.device)
         images,captions = ([None, None] if empty else [o.matching for o in sides]) if need["matching"] else (None, None)
         near = self._own_scores(sides, of_pair, share.width, len(rows)) if need["alignment"] else None
         leaf = lambda o: p.gather(o.detach(), counts)[0].requires_grad_()
         scores = leaf(near[0]) if near else None
         blank = torch.empty(0, self.model.config.hidden_size, device=self.device)
         every = [leaf(o) for o in ([blank, blank] if empty else [images[of_pair], captions])] if need["matching"] else [None, None]
-        owner = torch.as_tensor(self.data.caption_image[rows]).to(self.device, non_blocking=True)
+        owner = send(torch.as_tensor(self.data.caption_image[rows]), self.device)
         total,losses = self.criterion(scores, *every, epoch, step, owner == owner[:, None])
         total.backward()
         self._send_back(sides, near, scores, every, images, captions, of_pair, own)

@@ -27,7 +27,7 @@ from aladin.evaluation import EntangledScorer, retrieval_ranks
 from aladin.experiments import provenance
 from aladin.heads import alignment_scores
 from aladin.losses import triplet_loss
-from aladin.model import AladinConfig, AladinModel
+from aladin.model import AladinConfig, AladinModel, default_device
 
 # What the original programs themselves took on one thread of such a machine, measured once: CPU seconds, of how many of our units
 ORIGINALS = dict(scores_200=121.9, ranks_5000=11.5, store=1.39e-3, encoding=.294*300, step=28.6)
@@ -326,6 +326,7 @@ def gpu():
     "Full evaluation at COCO's size on a GPU."
     if not torch.cuda.is_available(): return dict(work="GPU", note="no GPU here")
     torch.backends.cuda.matmul.allow_tf32 = False
+    default_device()  # sets the GPU up as `aladin evaluate` does
     e = random_embeddings(5000).to("cuda")
     products,out = 2*DIM*len(e.regions.values)*len(e.words.values),dict(work="alignment head, 5,000 x 25,000, on the GPU", gpu=torch.cuda.get_device_name())
     for name in ("float32", "bfloat16"):
