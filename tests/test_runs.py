@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import yaml
 
+import aladin
 from aladin.config import InputError, RunFailed
 from aladin.embeddings import load_embeddings
 from aladin.evaluation import evaluate_embeddings
-from aladin.experiments import report
+from aladin.experiments import provenance, report
 from aladin.graph import describe, experiments_dir, run_notebook, run_results
 from aladin.model import load_model
 
@@ -156,3 +157,17 @@ def test_other_data_under_the_same_name_is_another_study(tmp_path):
     assert first == digest(vocabulary=str(vocabulary)) != digest()
     vocabulary.write_text("[PAD]\n[UNK]\n")
     assert digest(vocabulary=str(vocabulary)) != first
+
+
+def test_provenance_tells_uncommitted_changes(tmp_path, monkeypatch):
+    for name in ("aladin/__init__.py", "nbs/room.ipynb", "README.md"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text("")
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+    git("init"), git("add", "."), git("commit", "-m", "all")
+    monkeypatch.setattr(aladin, "__file__", str(tmp_path/"aladin"/"__init__.py"))
+    assert provenance(0)["uncommitted_changes"] is False
+    (tmp_path/"README.md").write_text("no code")
+    assert provenance(0)["uncommitted_changes"] is False
+    (tmp_path/"nbs"/"room.ipynb").write_text("{}")
+    assert provenance(0)["uncommitted_changes"] is True
