@@ -23,11 +23,12 @@ class Layout:
     ):
         self.count,self.width = len(lengths),int(lengths.max())
         packed = Ragged(beside, lengths)
-        if bool((lengths == self.width).all()): self.slots = self.rows = self.mask = None; return
+        if bool((lengths == self.width).all()): self.slots = self.rows = self.mask = self.unseen = None; return
         start,column = packed.offsets[:-1, None],torch.arange(self.width)
         self.slots = packed.beside(packed.owner*self.width + packed.position) # of each row
         self.rows = packed.beside((start + torch.where(column < lengths[:, None], column, 0)).flatten()) # in each slot; where none is the sequence's first, which nobody sees
         self.mask = packed.mask(self.width)[:, None, None]
+        self.unseen = ~self.mask.view(-1, 1)
 
     def attend(self,
         query:Tensor, # [rows, dim]
@@ -40,7 +41,7 @@ class Layout:
         def spread(x): return (x if self.slots is None else _gather(x, self.rows, self.slots)).view(self.count, self.width, heads, -1).transpose(1, 2)
         out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), attn_mask=self.mask, dropout_p=dropout)
         out = out.transpose(1, 2).reshape(self.count*self.width, -1)
-        return out if self.slots is None else _gather(out, self.slots, self.rows, ~self.mask.view(-1, 1))
+        return out if self.slots is None else _gather(out, self.slots, self.rows, self.unseen)
 
 class _Gather(torch.autograd.Function):
     "Rows by their numbers, where `back` tells the way of the gradient and `unseen` what gets none. Both ways a gather: a GPU would sort what it adds or copies to places that may coincide, and these do not."

@@ -21,7 +21,7 @@ from .data import build_vocabulary, captions_file, load_tokenizer, read_captions
 from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
-from .model import AladinConfig, AladinModel, default_device, load_model, save_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, default_device, device_name, load_model, save_model, start_from_teacher, start_from_text_model
 from .plots import results_table, students_markdown, students_table, table_markdown
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
@@ -48,7 +48,7 @@ def provenance(
     return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=bool(_git("status", "--porcelain", "--", ":/aladin", ":/nbs")), seed=seed,
                 date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), versions=dict(python=platform.python_version(), aladin=aladin.__version__, **packages),
                 machine=dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
-                             accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None))
+                             accelerator=device_name(default_device())))
 
 def _installed(name):
     try: return bool(version(name))
@@ -213,9 +213,9 @@ def evaluate_run(
     progress:bool=True, # show progress bars
 )->dict: # what metrics.json holds
     "Encode the test set once, evaluate the trained heads on all of it and on its 1K key file, write the embeddings and metrics.json; heads_csls in it are the figures corrected for hubness."
-    run,out,start = Path(run),Path(out or run),time.perf_counter()
+    run,out,start,device = Path(run),Path(out or run),time.perf_counter(),default_device()
     training = read_json(run/"training.json")
-    model = load_model(run/"model").to(default_device())
+    model = load_model(run/"model").to(device)
     config = config_from_dict(training["config"])
     heads = trained_heads(config.loss.terms)
     keys = Path(data)/"test_img_keys.tsv"
@@ -223,7 +223,7 @@ def evaluate_run(
     test = open_inputs(data, "test", tokenizer, config.data, keys.name if keys.exists() else None)
     bank,embeddings = _bank(model, data, config, tokenizer),encode_split(model, test, progress=progress)
     save_embeddings(embeddings, out/"embeddings.safetensors")
-    bank,embeddings = (o.to(default_device()) for o in (bank, embeddings))
+    bank,embeddings = (o.to(device) for o in (bank, embeddings))
     metrics = dict(data=name, configuration=config.name, heads=evaluate_embeddings(embeddings, heads, progress), heads_csls=evaluate_embeddings(embeddings, heads, progress, bank), images=len(test.image_ids), captions=len(test))
     keys = Path(data)/"test_img_keys_1k.tsv"
     if keys.exists(): metrics["heads_1k"] = metrics["heads"] if sorted(read_keys(keys)) == sorted(test.image_ids) else evaluate_embeddings(embeddings.subset(read_keys(keys)), heads)

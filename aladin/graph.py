@@ -254,7 +254,7 @@ def _snakemake(graph, jobs, *options, profile=None):
         raise
 
 def _on_gpu():
-    "Whether runs will compute on this machine's GPU: they then come one after another."
+    "Whether runs will compute on this machine's GPU, as `default_device` will find there, told without importing torch: they then come one after another."
     device = os.environ.get("ALADIN_DEVICE") or ("cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not list(Path("/dev").glob("nvidia[0-9]*")) else "cuda")
     return not device.startswith("cpu")
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'model_from_original',
-           'default_device', 'start_from_text_model', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
+           'default_device', 'start_from_text_model', 'device_name', 'hash_weights', 'load_model', 'save_model',
+           'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
 import argparse, os, shutil
@@ -310,6 +311,12 @@ def start_from_text_model(
 def _is_model(folder):
     path = Path(folder)/"config.json"
     return path.exists() and isinstance(c := read_json(path), dict) and c.get("model_type") == AladinConfig.model_type
+
+def device_name(
+    device:torch.device, # where something computes
+)->str|None: # None for the processor
+    "What to call a GPU in a record."
+    return None if device.type == "cpu" else torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 def hash_weights(
     digest, # of hashlib

@@ -22,7 +22,7 @@ from .embeddings import encode_split
 from .evaluation import evaluate_embeddings
 from .experiments import _vocabulary_lines, needs_teacher
 from .graph import experiment_config
-from .model import AladinConfig, AladinModel, default_device, load_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, default_device, device_name, load_model, start_from_teacher, start_from_text_model
 from .regions import TsvFile, open_regions, read_detections
 from .training import pretrain, set_seed, train, trained_heads
 
@@ -137,7 +137,7 @@ def measure(
     encoded = encoded.to(device)
     scoring,_ = _timed(lambda: evaluate_embeddings(encoded, trained_heads(config.loss.terms)))
     images = len(few.image_ids)
-    return Measured(f"the processor (threads: {torch.get_num_threads()})" if device.type == "cpu" else torch.cuda.get_device_name() if device.type == "cuda" else str(device), len(seconds), float(np.median(seconds)), pretraining, reading/images,
+    return Measured(device_name(device) or f"the processor (threads: {torch.get_num_threads()})", len(seconds), float(np.median(seconds)), pretraining, reading/images,
                     encoding/images, scoring/(images*len(few)), sum(p.numel() for p in model.parameters()), _bytes(encoded)/images)
 
 def _timed(action):

@@ -89,7 +89,7 @@ class Share:
     of_pair:Tensor # which of the images each caption belongs to, int64 [captions]
     width:int # most regions of an image, 0 without images
 
-    def pin_memory(self): return Share([o.pin_memory() for o in self.images], [o.pin_memory() for o in self.captions], self.of_pair, self.width)
+    def pin_memory(self): return Share([o.pin_memory() for o in self.images], [o.pin_memory() for o in self.captions], self.of_pair.pin_memory(), self.width)
 
 def _pieces(rows, size): return [rows[i:i+(size or len(rows))] for i in range(0, len(rows), size or len(rows) or 1)]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoints, check_same, load_training, random_states, read_checkpoint, set_random_states, training_tensors
 from .config import ExperimentConfig, InputError, TrainingSettings, config_to_dict
-from .data import Ragged, RetrievalSet, training_batches
+from .data import Ragged, RetrievalSet, send, training_batches
 from .losses import Criterion, infonce_loss
 from .model import AladinModel
 from .steps import Processes, Step, Thinning, frozen_states, mined_order, read_epoch
@@ -97,7 +97,7 @@ class PretrainingHead(nn.Module):
         if not hidden.any(): hidden = target >= 0
         if not hidden.any(): return self.bias.sum()*0
         states = self.model.backbone.encode_captions(Ragged(tokens.values.masked_fill(hidden, self.mask_id), tokens.lengths).to(self.words.device, non_blocking=True))
-        return F.cross_entropy(self._logits(states.rows(hidden), self.bias), states.beside(target[hidden]))
+        return F.cross_entropy(self._logits(states.rows(hidden), self.bias), send(target[hidden], states.values.device))
 
     def region_states(self,
         images, # image numbers
@@ -121,7 +121,7 @@ class PretrainingHead(nn.Module):
         for i,own in enumerate(captions):
             ids = self.column[torch.as_tensor(np.concatenate([self.data.caption_tokens[c] for c in own]))]
             target[i, ids[ids >= 0]] = 1
-        target = logits.beside(target)
+        target = send(target, best.device)
         return F.binary_cross_entropy_with_logits(best, target, reduction="sum") / target.sum().clamp(min=1)
 
     def contrast_loss(self,
@@ -134,7 +134,7 @@ class PretrainingHead(nn.Module):
         model,tokens = self.model,self.thinning.captions(self.data.caption_batch(rows)).to(self.words.device, non_blocking=True)
         words = model.alignment.word_set(model.backbone.encode_captions(tokens))
         scores = model.alignment(model.alignment.region_set(sets), words)
-        return infonce_loss(scores, scale, owner.to(scores.device, non_blocking=True) == torch.arange(len(scores), device=scores.device)[:, None])
+        return infonce_loss(scores, scale, send(owner, scores.device) == torch.arange(len(scores), device=scores.device)[:, None])
 
 def pretrain(
     model:AladinModel, # its backbone is trained in place

@@ -33,14 +33,15 @@ from aladin.steps import Processes, Step, read_epoch
 from aladin.training import clip_gradients, make_optimizer
 
 WAYS = {"all at once": {}, "layers recomputed": dict(recompute_layers=True), "chunks of 32": dict(chunk_size=32), "chunks of 32, layers recomputed": dict(chunk_size=32, recompute_layers=True)}
-GPU_WAYS = {"all at once": {}, "chunks of 256": dict(chunk_size=256)}
+GPU_WAYS = {"chunks of 256": dict(chunk_size=256)}
 SMALL = dict(hidden_size=256, layers=4, attention_heads=4, intermediate_size=1024)
 BASE = dict(hidden_size=768, layers=12, attention_heads=12, intermediate_size=3072)
 
 
 def build(batch, way, size, precision, device):
     "A step to repeat, and how many multiplications and additions it takes."
-    gpu = device == "cuda" and default_device().type == device  # which sets it up as training does
+    gpu = device == "cuda"
+    if gpu: default_device()  # sets it up as training does
     config = config_from_dict(dict(model=size | dict(dropout=0.1 if gpu else 0.0), loss=dict(terms=["alignment", "distillation"], weights=[1., 1.]), training=(WAYS | GPU_WAYS)[way] | dict(batch_size=batch, precision=precision)))
     data = random_split(4*batch if gpu else batch)
     torch.manual_seed(0)
