@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import InputError, atomic_write
+from .files import InputError, atomic_write
 
 # %% ../nbs/09_checkpoints.ipynb #9594dbf1
 _FORMAT = "aladin-training-state"

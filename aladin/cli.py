@@ -9,7 +9,8 @@ __all__ = ['make_parser', 'main']
 import argparse, os, shutil, sys
 from pathlib import Path
 
-from .config import DataSettings, InputError, RunFailed, write_json
+from .config import DataSettings
+from .files import InputError, RunFailed, write_json
 from .search_commands import add_search_commands
 
 # %% ../nbs/15_cli.ipynb #a8748d30
@@ -140,7 +141,7 @@ def _results(a):
     print(table.round(1).to_string(index=False))
 
 def _stage(a):
-    from aladin.config import read_json
+    from aladin.files import read_json
     from aladin.graph import end_with_parent, run_stage
     end_with_parent()
     graph = read_json(a.graph)

@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer
 
-from .config import InputError, DataSettings, atomic_write, read_json
+from .config import DataSettings
+from .files import InputError, atomic_write, read_json
 from .regions import open_regions
 
 # %% ../nbs/04_data.ipynb #6372d191

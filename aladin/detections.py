@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from .config import DataSettings, InputError, atomic_dir, atomic_write
+from .config import DataSettings
+from .files import InputError, atomic_dir, atomic_write
 from .data import captions_file, open_split, read_captions
 from .model import hash_weights
 from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import InputError, atomic_write, read_json, write_json
+from .files import InputError, atomic_write, read_json, write_json
 from .data import READERS, Ragged, RetrievalSet, read_ahead
 from .heads import alignment_scores
 from .model import AladinModel, hash_weights

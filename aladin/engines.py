@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import InputError, atomic_dir, read_json
+from .files import InputError, atomic_dir, read_json
 from .data import Ragged
 
 # %% ../nbs/12_engines.ipynb #5c66f809

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import InputError, atomic_write
+from .files import InputError, atomic_write
 from .embeddings import Embeddings, ScoreTiles, encode_split, hubness, score_matrix
 
 # %% ../nbs/11_evaluation.ipynb #f82ea059

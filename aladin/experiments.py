@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 import aladin
-from .config import ExperimentConfig, InputError, atomic_dir, atomic_write, config_from_dict, config_to_dict, read_json, write_json
+from .config import ExperimentConfig, config_from_dict, config_to_dict
+from .files import InputError, atomic_dir, atomic_write, read_json, write_json
 from .data import build_vocabulary, captions_file, load_tokenizer, read_captions, read_keys
 from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings

@@ -19,7 +19,7 @@ import traitlets
 from PIL import Image
 
 import aladin
-from .config import InputError
+from .files import InputError
 from .data import load_tokenizer
 from .detections import open_inputs
 from .experiments import prepare_data, train_run

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbone import _layer
-from .config import InputError, RunFailed, atomic_write, write_json
+from .files import InputError, RunFailed, atomic_write, write_json
 from .data import Ragged
 from .onnx_captions import OnnxCaptions
 from .search import SearchIndex

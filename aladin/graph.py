@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 import aladin
-from .config import ExperimentConfig, InputError, RunFailed, config_from_dict, config_to_dict, load_config, read_json, write_json
+from .config import ExperimentConfig, config_from_dict, config_to_dict, load_config
+from .files import InputError, RunFailed, read_json, write_json
 
 # %% ../nbs/17_graph.ipynb #c7cfc66e
 def experiments_dir()->Path:

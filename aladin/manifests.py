@@ -18,7 +18,7 @@ import yaml
 from tqdm import tqdm
 
 import aladin
-from .config import InputError, read_json, write_json
+from .files import InputError, read_json, write_json
 
 # %% ../nbs/01_manifests.ipynb #991eea0a
 @dataclass

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .backbone import Backbone
-from .config import InputError, ModelSettings, DataSettings, atomic_dir, config_from_authors, read_json
+from .config import ModelSettings, DataSettings, config_from_authors
+from .files import InputError, atomic_dir, read_json
 from .data import ImageBatch, Ragged, load_torch_file
 from .heads import AlignmentHead, DepthFusion, GatedDepth, MatchingHead, MeanDepth, TransformerLayers
 

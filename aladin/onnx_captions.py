@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import InputError, read_json
+from .files import InputError, read_json
 
 # %% ../nbs/12_onnx_captions.ipynb #42c42d2f
 class OnnxCaptions:

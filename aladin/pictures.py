@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .config import InputError, atomic_dir, atomic_write, read_json, write_json
+from .files import InputError, atomic_dir, atomic_write, read_json, write_json
 from .model import default_device, hash_weights
 from .regions import Detections, RegionStore, Regions, _check_detections, _starts, _write_store, box_geometry
 

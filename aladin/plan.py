@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import ExperimentConfig, InputError, read_json
+from .config import ExperimentConfig
+from .files import InputError, read_json
 from .data import RetrievalSet, captions_file, load_tokenizer, read_captions, read_keys
 from .detections import read_inputs
 from .embeddings import encode_split

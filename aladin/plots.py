@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image, UnidentifiedImageError
 
-from .config import InputError, atomic_write
+from .files import InputError, atomic_write
 from .data import RetrievalSet
 from .heads import alignment_scores
 from .model import AladinModel

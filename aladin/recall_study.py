@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .config import atomic_write, write_json
+from .files import atomic_write, write_json
 from .data import RetrievalSet
 from .embeddings import encode_split
 from .evaluation import ranks_metrics, retrieval_ranks

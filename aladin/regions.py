@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .config import InputError, atomic_dir, read_json
+from .files import InputError, atomic_dir, read_json
 
 # %% ../nbs/02_regions.ipynb #a2dee383
 def _read_offsets(path):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .config import InputError, atomic_dir, read_json
+from .files import InputError, atomic_dir, read_json
 from .regions import Detections, Regions, _write_store
 
 # %% ../nbs/03_scenes.ipynb #c012f87e

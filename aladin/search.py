@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .config import DataSettings, InputError, read_json, write_json
+from .config import DataSettings
+from .files import InputError, read_json, write_json
 from .data import RetrievalSet, load_tokenizer
 from .engines import ExactEngine, MilvusEngine, SetStore
 from .heads import alignment_scores

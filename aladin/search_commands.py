@@ -9,7 +9,7 @@ __all__ = ['open_index', 'add_search_commands']
 import json, sys
 from pathlib import Path
 
-from .config import InputError, read_json, write_json
+from .files import InputError, read_json, write_json
 
 # %% ../nbs/14_search_commands.ipynb #1377eeec
 def _pictures_of(data, model, tokenizer, split, keys, features):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import InputError, atomic_write, read_json
+from .files import InputError, atomic_write, read_json
 from .plots import find_picture
 from .search import Hit
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import ExperimentConfig, InputError
+from .config import ExperimentConfig
+from .files import InputError
 from .data import READERS, ImageBatch, Ragged, RetrievalSet, read_ahead, send, training_batches
 from .losses import Criterion
 from .model import AladinModel, Encoded, default_device

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, check_same, load_training, random_states, read_checkpoint, set_random_states, training_tensors
-from .config import ExperimentConfig, InputError, TrainingSettings, config_to_dict
+from .config import ExperimentConfig, TrainingSettings, config_to_dict
+from .files import InputError
 from .data import Ragged, RetrievalSet, send, training_batches
 from .losses import Criterion, infonce_loss
 from .model import AladinModel

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from aladin.config import config_from_dict, config_to_dict, write_json
+from aladin.config import config_from_dict, config_to_dict
+from aladin.files import write_json
 from aladin.data import captions_file, read_captions
 from aladin.experiments import pretrain_run, provenance, train_run
 from aladin.graph import experiment_config

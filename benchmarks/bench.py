@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from aladin.config import DataSettings, read_json, write_json
+from aladin.config import DataSettings
+from aladin.files import read_json, write_json
 from aladin.data import Ragged, RetrievalSet, load_tokenizer
 from aladin.detections import ClipReader, clip_tokens, make_clip, tag_sentences
 from aladin.embeddings import Embeddings, encode_split

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel
 
-from aladin.config import atomic_write, write_json
+from aladin.files import atomic_write, write_json
 from aladin.data import DataSettings, load_tokenizer, open_split
 from aladin.evaluation import retrieval_metrics
 from aladin.experiments import provenance

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from aladin.config import atomic_write, write_json
+from aladin.files import atomic_write, write_json
 from aladin.data import Ragged
 from aladin.engines import ExactEngine, MilvusEngine, SetStore
 from aladin.experiments import provenance

@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 
 from bench import RandomRegions, matmul_peak, peak_memory, random_split, timed
-from aladin.config import config_from_dict, write_json
+from aladin.config import config_from_dict
+from aladin.files import write_json
 from aladin.experiments import provenance
 from aladin.losses import Criterion
 from aladin.model import AladinConfig, AladinModel, default_device

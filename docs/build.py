@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 
 import results
-from aladin.config import atomic_dir, read_json
+from aladin.files import atomic_dir, read_json
 from aladin.manifests import list_manifests, load_manifest
 from notebooks import PICTURES, ROOMS, fix_links, heading, link_names, nbs, page, root
 from results import markdown_table, toctree

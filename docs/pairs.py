@@ -4,7 +4,7 @@ Captions of the test set at even distance, of those that are short and whose pic
 import argparse
 from pathlib import Path
 
-from aladin.config import read_json, write_json
+from aladin.files import read_json, write_json
 from aladin.explorer import open_explorer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from aladin.config import read_json
+from aladin.files import read_json
 
 WAYS = [f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aladin.checkpoints import Checkpoints
 from aladin.cli import main
-from aladin.config import config_from_dict, read_json
+from aladin.config import config_from_dict
+from aladin.files import read_json
 from aladin.data import load_tokenizer, open_regions, open_split
 from aladin.detections import open_inputs
 from aladin.embeddings import load_embeddings, score_matrix

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from aladin.config import InputError, config_from_authors, config_from_dict, load_config
+from aladin.config import config_from_authors, config_from_dict, load_config
+from aladin.files import InputError
 from aladin.data import load_tokenizer, load_torch_file, open_split, read_captions
 from aladin.embeddings import encode_split, load_embeddings, save_embeddings
 from aladin.model import AladinModel, start_from_text_model
@@ -42,7 +43,7 @@ def checkpoint(): return load_torch_file(golden/"checkpoint.pth.tar", allow=(arg
 def fails(action, *names):
     "`action` raises an InputError whose message holds every name and says how to mend it."
     with pytest.raises(InputError) as error: action()
-    for name in (*map(str, names), "To mend it:"): assert name in str(error.value), str(error.value)
+    for name in (*map(str, names), "Fix:"): assert name in str(error.value), str(error.value)
     assert error.value.fix
 
 
@@ -65,7 +66,7 @@ def refused(action, path, write):
     "`action` names the hidden call, or for a pickle that torch cannot read says so, and never advises to read it unsafely."
     with pytest.raises(InputError) as error: action()
     message = str(error.value)
-    assert str(path) in message and "To mend it:" in message and "weights_only" not in message
+    assert str(path) in message and "Fix:" in message and "weights_only" not in message
     if write is not write_new_pickle: assert "pickled content" in message
 
 

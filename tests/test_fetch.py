@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from aladin.cli import main
-from aladin.config import InputError
+from aladin.files import InputError
 from aladin.manifests import Manifest, ManifestFile, fetch, verify
 
 body = bytes(range(251))*2000  # about half a megabyte: several blocks
@@ -96,7 +96,7 @@ def contents(folder): return sorted(p.relative_to(folder).as_posix() for p in fo
 
 def refused(manifest, folder, *names, **options):
     with pytest.raises(InputError) as error: get(manifest, folder, **options)
-    for name in (*names, "To mend it:"): assert name in str(error.value), str(error.value)
+    for name in (*names, "Fix:"): assert name in str(error.value), str(error.value)
     return str(error.value)
 
 
@@ -147,7 +147,7 @@ def test_progress_renews_the_tries(manifest, server, tmp_path):
 
 def test_goes_on_in_the_next_call(manifest, server, tmp_path):
     server.mishaps = ["cut", 500]
-    refused(manifest, tmp_path, "To mend it", tries=1)
+    refused(manifest, tmp_path, "Fix", tries=1)
     assert "sub/a.bin.part" in contents(tmp_path) and "sub/a.bin" not in contents(tmp_path)
     get(manifest, tmp_path)
     assert whole(tmp_path) and server.asked[-1][1] and contents(tmp_path) == ["sub/a.bin"]

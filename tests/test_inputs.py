@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from aladin.cli import main
-from aladin.config import DataSettings, InputError, config_from_dict
+from aladin.config import DataSettings, config_from_dict
+from aladin.files import InputError
 from aladin.data import load_tokenizer
 from aladin.detections import ClipReader, open_inputs
 from aladin.experiments import evaluate_run, needs_teacher, prepare_data, prepare_scenes, train_run

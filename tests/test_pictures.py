@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from aladin.cli import main
-from aladin.config import InputError
+from aladin.files import InputError
 from aladin.data import read_captions
 from aladin.pictures import Detector, extract, find_pictures, make_detector, open_picture
 

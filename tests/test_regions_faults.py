@@ -5,7 +5,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
-from aladin.config import InputError
+from aladin.files import InputError
 from aladin.regions import RegionStore, TsvRegions, convert_regions, open_regions
 
 ids = [str(100+i) for i in range(12)]
@@ -48,7 +48,7 @@ def change(path, old, new):
 def fails(action, *names):
     "`action` raises an InputError whose message holds every name and says how to mend it."
     with pytest.raises(InputError) as error: action()
-    for name in (*names, "To mend it:"): assert name in str(error.value)
+    for name in (*names, "Fix:"): assert name in str(error.value)
 
 
 def read_all(path):

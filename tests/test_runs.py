@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import aladin
-from aladin.config import InputError, RunFailed
+from aladin.files import InputError, RunFailed
 from aladin.embeddings import load_embeddings
 from aladin.evaluation import evaluate_embeddings
 from aladin.experiments import provenance, report

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aladin.heads
-from aladin.config import InputError
+from aladin.files import InputError
 from aladin.data import Ragged
 from aladin.embeddings import Embeddings, score_matrix
 from aladin.evaluation import caption_relevance, image_to_text_ranks, retrieval_ranks, text_to_image_ranks

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import aladin.engines as engines
-from aladin.config import InputError
+from aladin.files import InputError
 from aladin.data import load_tokenizer, open_split
 from aladin.engines import ExactEngine, MilvusEngine, SetStore
 from aladin.model import AladinConfig, AladinModel, load_model, save_model

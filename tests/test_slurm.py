@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from aladin.config import InputError, RunFailed
+from aladin.files import InputError, RunFailed
 from aladin.graph import experiments_dir, run_results
 
 RUN = "alad-alignment-triplet/seed-1"
