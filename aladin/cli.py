@@ -6,25 +6,26 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #9f2027c9
-import argparse, os, shutil, sys
+import argparse, errno, math, os, sys
 from pathlib import Path
 
+import aladin
 from .config import DataSettings
-from .files import InputError, RunFailed, write_json
+from .files import InputError, RunFailed, check_output_dir, read_json, write_json
 from .search_commands import add_search_commands
 
 # %% ../nbs/15_cli.ipynb #a8748d30
 def _prepare(a):
     from aladin.experiments import prepare_data, prepare_scenes
     if a.data == "scenes":
-        if a.force and (Path(a.out)/"scenes"/"scenes.json").exists(): shutil.rmtree(Path(a.out)/"scenes")
-        summary = prepare_scenes(Path(a.out)/"scenes", a.size, a.seed or 0)
+        summary = prepare_scenes(Path(a.out)/"scenes", a.size, a.seed or 0, overwrite=a.force)
         print(f"symbolic ceiling: {summary['ceiling']}")
         print(prepare_data(Path(a.out)/"scenes", Path(a.out)/"data", overwrite=a.force))
     else: print(prepare_data(a.data, a.out, a.features, a.vocabulary, a.dtype, a.force))
 
 def _convert(a):
     from aladin.model import AladinModel, save_model
+    check_output_dir(a.out, a.force, "config.json")
     model = AladinModel.from_original(a.checkpoint, a.oscar)
     save_model(model, Path(a.oscar)/"vocab.txt", a.out)
     print(f"{a.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, regions of {model.config.region_dim}")
@@ -37,14 +38,14 @@ def _convert_detections(a):
 def _train(a):
     from aladin.experiments import train_run
     from aladin.graph import experiment_config
-    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out, a.teacher, resume=a.resume)
+    summary = train_run(experiment_config(a.configuration, a.settings, a.seed), a.data, a.out, a.teacher, resume=a.resume, force=a.force)
     if int(os.environ.get("RANK", 0)): return
     if summary["teacher"]: print(f"{len(summary['teacher']['taken'])} tensors from {a.teacher}, new: {', '.join(summary['teacher']['left'])}")
     for head,m in summary["minival"].items(): print(f"minival {head}: rsum {m['rsum']:.1f} (step {summary['best_step']})")
 
 def _lengths(a):
     from aladin.graph import run_notebook
-    given = dict(configuration=a.configuration, settings=a.settings, data=a.data, out=a.out, total=a.total, tags=a.tags, tokens=a.tokens, steps=a.steps)
+    given = dict(configuration=a.configuration, settings=a.settings, data=a.data, out=a.out, total=a.total, tags=a.tags, tokens=a.tokens, steps=a.steps, force=a.force)
     print(run_notebook("lengths", a.out, given | (dict(seed=a.seed) if a.seed is not None else {})))
     print(Path(a.out, "lengths.csv").read_text(), end="")
 
@@ -56,6 +57,8 @@ def _make_clip(a):
 
 def _settings_of(model, a):
     "The lengths that the model was trained with, unless the user says otherwise."
+    most = model.config.max_position_embeddings
+    if a.max_tokens and a.max_tokens > most: raise InputError(a.model, "--max-tokens", f"at most {most}, the positions that the model has", a.max_tokens, "give a smaller number")
     return DataSettings(max_tokens=a.max_tokens or model.config.max_tokens, max_tags=0 if a.max_tokens else model.config.max_tags, max_regions=a.max_regions or model.config.max_regions,
                         **{k: getattr(model.config, k) for k in ("detections", "merge", "tag_reader", "caption_reader", "count_tags", "clip")})
 
@@ -67,7 +70,7 @@ def _encode(a):
     from aladin.model import default_device, load_model
     model = load_model(a.model).to(default_device())
     data = open_inputs(a.data, a.split, load_tokenizer(a.vocabulary or a.model), _settings_of(model, a), a.keys, a.features, progress=True)
-    images,regions,captions,words = encode_to_file(model, data, a.out, a.batch_size, autocast=torch.bfloat16 if a.bfloat16 else None, dtype=a.dtype)
+    images,regions,captions,words = encode_to_file(model, data, a.out, a.batch_size, autocast=torch.bfloat16 if a.bfloat16 else None, dtype=a.dtype, force=a.force)
     print(f"{a.out}: {images} images with {regions} regions, {captions} captions with {words} words")
 
 def _plan(a):
@@ -92,12 +95,20 @@ def _evaluate(a):
     embeddings = embeddings.to(default_device())
     near = hubness(embeddings, load_embeddings(a.bank).to(embeddings.caption_image.device), a.head) if a.bank else None
     ranks = None if a.folds else retrieval_ranks(embeddings, a.head, a.memory, torch.bfloat16 if a.bfloat16 else None, True, near)
+    if a.json: _check_metrics_file(a.json)
     metrics = fold_metrics(embeddings, a.head, a.folds, progress=True) if a.folds else ranks_metrics(*ranks)
     if a.intervals and ranks: metrics["intervals"] = bootstrap_intervals(*ranks, embeddings.caption_image.cpu())
     if a.ndcg: metrics["ndcg"] = _ndcg(a, embeddings)
     if a.judgements: metrics["judgements"] = _judgements(a, embeddings)
     _print_metrics(metrics)
     if a.json: write_json(a.json, metrics)
+
+def _check_metrics_file(path):
+    "Replace no file but metrics."
+    if not os.path.lexists(path) or Path(path).is_file() and not Path(path).stat().st_size: return
+    try: found = read_json(path)
+    except InputError: found = None
+    if not isinstance(found, dict) or "rsum" not in found: raise InputError(path, "--json", "a new file, or metrics to replace", "another file or a folder", "choose another name")
 
 def _ndcg(a, embeddings):
     from aladin.data import captions_file, read_captions
@@ -140,10 +151,15 @@ def _results(a):
     table = run_results(a.out, a.jobs, a.force, a.profile, say=lambda line: print(line, flush=True), **study)
     print(table.round(1).to_string(index=False))
 
+def _reproduce(a):
+    from aladin.reference import compare_runs, comparison_text
+    table = compare_runs(a.folder, a.reference)
+    print(comparison_text(table))
+    return 0 if len(table) and (table.comparison == "reproduced exactly").all() else 2
+
 def _stage(a):
-    from aladin.files import read_json
     from aladin.graph import end_with_parent, run_stage
-    end_with_parent()
+    end_with_parent(parent=int(os.environ.get("ALADIN_PARENT") or 0))
     graph = read_json(a.graph)
     os.chdir(graph["cwd"])
     run_stage(graph, a.stage, a.of, say=lambda line: print(line, flush=True))
@@ -162,6 +178,30 @@ def _options(parser, *names):
 
 def _name_option(parser): parser.add_argument("name", metavar="NAME", help="a manifest of data_manifests/ (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a YAML file")
 
+_LIMITS = dict( # lowest and highest value of every option that is a number
+    seed=(0, 2**32 - 1), batch_size=(1, 100_000), max_tokens=(3, 512), max_regions=(1, 100_000), total=(3, 100_000), tags=(2, 100_000), tokens=(3, 512), steps=(0, 10**9),
+    dim=(32, 8192), layers=(1, 1000), folds=(2, 10_000), seeds=(1, 10_000), jobs=(1, 100_000), threads=(1, 10_000), threshold=(0, math.inf), least=(0, 100_000), most=(1, 100_000),
+    checked=(1, 10**9), k=(1, 10**9), rerank=(0, 10**9), memory=(1e-6, 1e6))
+
+def _number(kind, lowest, highest):
+    "Reads the number of an option; for argparse."
+    def read(text):
+        try: value = kind(text)
+        except ValueError: value = math.nan
+        if lowest <= value <= highest: return value
+        what = "a whole number" if kind is int else "a number"
+        up = f" to {highest:,}" if highest < 10**9 else " or more"
+        raise argparse.ArgumentTypeError(f"expected {what}, {lowest:,}{up}, found {text!r:.40}")
+    return read
+
+class _Parser(argparse.ArgumentParser):
+    "Numbers are checked before anything is read: an option of type int or float has its limits in `_LIMITS`."
+    def add_argument(self, *names, **about):
+        if about.get("type") in (int, float):
+            key = about.get("dest") or names[-1].lstrip("-").replace("-", "_")
+            about |= dict(type=_number(about["type"], *_LIMITS[key]))
+        return super().add_argument(*names, **about)
+
 _ENVIRONMENT = """environment variables:
   ALADIN_DEVICE         where to compute: cpu, cuda, cuda:1 ... (default: the
                         GPU where there is one)
@@ -173,7 +213,8 @@ _ENVIRONMENT = """environment variables:
 
 def make_parser()->argparse.ArgumentParser:
     "The parser of the `aladin` command."
-    parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_ENVIRONMENT)
+    parser = _Parser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_ENVIRONMENT)
+    parser.add_argument("--version", action="version", version=f"aladin {aladin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(run, help, example):
         p = commands.add_parser(run.__name__[1:].replace("_", "-"), help=help, description=help, epilog=f"example:\n{example}", formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,6 +228,7 @@ def make_parser()->argparse.ArgumentParser:
     p = command(_convert, "turn the authors' checkpoint and Oscar folder into a model folder", "  aladin convert --checkpoint checkpoint.pth.tar --oscar vinvl_base --out model")
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint.pth.tar of the original program")
     p.add_argument("--oscar", required=True, metavar="DIR", help="Oscar or VinVL checkpoint folder")
+    p.add_argument("--force", action="store_true", help="replace a model that is there")
     _options(p, "out")
     p = command(_convert_detections, "turn Detic's results, a Python shelve, into a region store; reads plain data only, runs no code", "  aladin convert-detections --shelve detic --out detic_store --dtype float16")
     p.add_argument("--shelve", required=True, metavar="PATH", help="the shelve, without .dat, .dir or .db")
@@ -199,6 +241,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--total", type=int, default=84, help="most tags and regions together (default: 84)")
     p.add_argument("--tags", type=int, nargs="+", required=True, metavar="N", help="most tags of an image, one training each")
     p.add_argument("--tokens", type=int, nargs="+", default=[], metavar="N", help="longest captions, tried with each (default: the configuration's)")
+    p.add_argument("--force", action="store_true", help="replace trainings with other settings that are there")
     p.add_argument("--steps", type=int, default=0, help="end each training after so many steps (default: as configured)")
     _options(p, "data", "out", "seed")
     p = command(_make_clip, "make a small CLIP text model with random weights, its word pieces learnt from the training captions", "  aladin make-clip --data flickr8k --out models/small_clip\n  (a trained one: any CLIP text model in the form of transformers, named as data.clip in the settings)")
@@ -210,6 +253,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--settings", default="", help="name of a data set's settings, or a YAML file (default: none)")
     p.add_argument("--teacher", metavar="DIR", help="model folder that the student starts from; needed where a frozen backbone is distilled")
     p.add_argument("--resume", choices=("", "auto", "previous"), default="", help="auto: go on from the newest checkpoint in --out, if there is one; previous: from the newest that can be read (default: start anew)")
+    p.add_argument("--force", action="store_true", help="replace a training that is there, once the new one has ended")
     _options(p, "data", "out", "seed")
     p = command(_plan, "a dry run: check all files, measure a few training steps, tell times and disk needed", "  aladin plan --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data\n  aladin plan --configuration alad-alignment-and-matching-distill --data coco_ir --features vinvl")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")
@@ -225,6 +269,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=64, help="images or captions at once (default: 64)")
     p.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 where torch may: faster, not exact")
     p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored region and word vectors (default: float32)")
+    p.add_argument("--force", action="store_true", help="replace embeddings of another model or split")
     p.add_argument("--max-tokens", type=int, help="longest text (default: as the model was trained)")
     p.add_argument("--max-regions", type=int, help="most regions of an image (default: as the model was trained)")
     p = command(_evaluate, "recall of one head on encoded images and captions", "  aladin evaluate --embeddings embeddings.safetensors --head alignment --json metrics.json\n  aladin evaluate --embeddings embeddings.safetensors --head matching --folds 5\n  aladin evaluate --embeddings embeddings.safetensors --head alignment --intervals --ndcg --data coco_ir")
@@ -263,6 +308,9 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--profile", metavar="DIR", help="Snakemake profile, such as nbs/experiments/profiles/slurm")
     p.add_argument("--force", action="store_true", help="redo what is already there")
     _options(p, "features", "vocabulary", "seed")
+    p = command(_reproduce, "compare runs with the published ones that have the same settings and seeds; status 2 where a figure differs", "  aladin reproduce results/scenes")
+    p.add_argument("folder", metavar="DIR", help="results of a data set, with runs in <configuration>/seed-<number>")
+    p.add_argument("--reference", metavar="DIR", help="folder of the published runs (default: results/reference/<name of the data set> of the checkout)")
     p = command(_stage, "one stage of the graph of aladin results, as its Snakefile calls it", "  aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")
     p.add_argument("--graph", required=True, metavar="FILE", help="graph.json that aladin results wrote")
     p.add_argument("stage", choices=("prepare", "pretrain", "train", "evaluate", "attention", "report"), help="which stage")
@@ -274,11 +322,37 @@ def _stop(a, message, status):
     print(f"aladin {a.command}: {message}", file=sys.stderr)
     return status
 
+_ADVICE = {errno.EACCES: "choose a place that you may use, or change its permissions", errno.EPERM: "choose a place that you may use, or change its permissions",
+           errno.EROFS: "choose a place that can be written to", errno.ENOSPC: "make room, or choose another disk", errno.EDQUOT: "make room, or choose another disk",
+           errno.EISDIR: "name a file", errno.ENOTDIR: "check the path: a part of it is a file", errno.ENAMETOOLONG: "choose a shorter name", errno.ENOENT: "check the path"}
+
+def _system_error(error):
+    "An error of the operating system in words."
+    names = [str(n) for n in (error.filename, error.filename2) if n is not None]
+    what = f"{' to '.join(names)}: " if names else ""
+    return f"{what}{error.strerror or error}. Fix: {_ADVICE.get(error.errno, 'see that the file system or the connection works, and give the command again')}"
+
+def _closed_pipe():
+    "Nobody reads the output any more: end without a word, as other commands do."
+    try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError): pass # an output without a file behind it
+    return 128 + 13 # as a command that SIGPIPE has ended
+
 def main(
     arguments:list|None=None, # words of the command line; those of the process when not given
 )->int: # exit status
-    "Run the `aladin` command; bad input ends with a message and status 2, as do problems that `verify` and `plan` find."
+    """Run the `aladin` command. Bad input and errors of the operating system end with a message and status 2.
+
+    So do the problems that `verify`, `plan` and `reproduce` find."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # a terminal that knows ASCII alone
     a = make_parser().parse_args(arguments)
-    try: return a.run(a) or 0
+    try:
+        status = a.run(a) or 0
+        sys.stdout.flush()
+        return status
     except (InputError, FloatingPointError, RunFailed) as e: return _stop(a, e, 2)
+    except BrokenPipeError: return _closed_pipe()
+    except OSError as e: return _stop(a, _system_error(e), 2)
+    except MemoryError as e: return _stop(a, f"memory: {e or 'not enough'}. Fix: choose a smaller --batch-size or --memory", 2)
     except KeyboardInterrupt: return _stop(a, "stopped", 130)

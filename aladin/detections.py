@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'plain_unpickle', 'DeticShelve', 'convert_detections', 'un
            'open_inputs']
 
 # %% ../nbs/14_detections.ipynb #995d4c68
-import dbm, hashlib, html, io, json, pickle, warnings
+import dbm, hashlib, html, io, json, os, pickle, warnings
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .config import DataSettings
-from .files import InputError, atomic_dir, atomic_write
+from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file
 from .data import captions_file, open_split, read_captions
 from .model import hash_weights
 from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
@@ -140,9 +140,10 @@ def convert_detections(
     progress:bool=True, # show progress bars
 )->RegionStore:
     "Detic's shelve as a `RegionStore`; images without detections are left out with a warning that names them. Raises `InputError` for a file that could run code."
+    check_output_dir(out, overwrite, "store.json")
     source = DeticShelve(path, progress)
     _warn_dropped(source.empty, "Detic detections")
-    with atomic_dir(out, overwrite=overwrite) as part: _write_store(source, part, np.dtype(dtype), progress)
+    with atomic_dir(out, overwrite, "store.json") as part: _write_store(source, part, np.dtype(dtype), progress)
     return RegionStore(out)
 
 # %% ../nbs/14_detections.ipynb #d0316001
@@ -344,6 +345,13 @@ def clip_tokens(
     pieces = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return [np.array([tokenizer.bos_token_id, *o[:most - 2], tokenizer.eos_token_id], np.int64) for o in pieces]
 
+def _writable(cache):
+    "The folder of a cache, made if need be; None for data that cannot be written to, which are then read anew each time."
+    if not cache: return None
+    try: Path(cache).mkdir(parents=True, exist_ok=True)
+    except OSError: return None
+    return Path(cache) if os.access(cache, os.W_OK | os.X_OK) else None
+
 class ClipReader:
     "CLIP's text model, frozen, in place of the word table (ALADIN-2.0): what it has read once is kept."
     def __init__(self,
@@ -353,7 +361,7 @@ class ClipReader:
         progress:bool=False, # show progress bars
     ):
         self.tokenizer,self.model = _load_clip(str(model))
-        self.cache,self.batch_size,self.progress = Path(cache) if cache else None,batch_size,progress
+        self.cache,self.batch_size,self.progress = _writable(cache),batch_size,progress
         self.dim,projection = self.model.config.hidden_size,self.model.config.projection_dim
         if self.dim != projection: raise InputError(model, "projection_dim", f"{self.dim}, the width of its tokens", projection, "take a CLIP whose text width is its projection's, such as ViT-B/32")
         digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
@@ -383,14 +391,21 @@ class ClipReader:
         texts:list, # sentences
     )->dict: # sentence -> float32 [dim]
         "A vector for each different sentence."
-        path,known = self.cache and self._kept("sentences").with_suffix(".safetensors"),{}
-        if path and path.exists():
-            with safe_open(path, "np") as f: known = dict(zip(json.loads(f.metadata()["sentences"]), f.get_tensor("vectors")))
-        if new := [t for t in dict.fromkeys(texts) if t not in known]:
-            known |= dict(zip(new, self._read(clip_tokens(self.tokenizer, new))[0]))
-            if path:
+        path = self.cache and self._kept("sentences").with_suffix(".safetensors")
+        if not path: return self._more_sentences({}, texts)
+        with locked(path.with_name(f".{path.name}.lock"), "reading these tags", wait=True): # the second process uses what the first has made
+            before = {}
+            if path.exists():
+                with safe_open(path, "np") as f: before = dict(zip(json.loads(f.metadata()["sentences"]), f.get_tensor("vectors")))
+            known = self._more_sentences(before, texts)
+            if len(known) > len(before):
                 with atomic_write(path) as part: save_file(dict(vectors=np.stack(list(known.values()))), part, metadata=dict(sentences=json.dumps(list(known))))
         return known
+
+    def _more_sentences(self, known, texts):
+        "`known` with the vectors of the texts that it lacks."
+        new = [t for t in dict.fromkeys(texts) if t not in known]
+        return known | dict(zip(new, self._read(clip_tokens(self.tokenizer, new))[0])) if new else known
 
     def tags(self,
         tags:list, # each image's class names
@@ -410,17 +425,21 @@ class ClipReader:
         "A vector for each token of each caption; kept as a mapped file."
         if not self.cache: return self._read(clip_tokens(self.tokenizer, texts, min(most, 77), most - 2))[1]
         folder = self._kept(f"captions-{hashlib.sha256(repr([list(texts), most]).encode()).hexdigest()[:12]}")
-        if not folder.is_dir():
-            tokens = clip_tokens(self.tokenizer, texts, min(most, 77), most - 2)
-            lengths = np.array([len(o) for o in tokens], np.int64)
-            with atomic_dir(folder, overwrite=True) as part:
-                out = np.lib.format.open_memmap(part/"values.npy", "w+", np.float32, (int(lengths.sum()), self.dim))
-                starts = np.concatenate([[0], lengths.cumsum()])
-                for at in range(0, len(texts), 20_000): # in pieces: a large split does not fit into memory
-                    out[starts[at]:starts[min(at + 20_000, len(texts))]] = np.concatenate(self._read(tokens[at:at + 20_000])[1])
-                out.flush()
-                np.save(part/"lengths.npy", lengths)
+        with locked(folder.with_name(f".{folder.name}.lock"), "reading these captions", wait=True): # the second process uses what the first has made
+            if not folder.is_dir(): self._keep_captions(folder, clip_tokens(self.tokenizer, texts, min(most, 77), most - 2))
         return _Stretches(np.load(folder/"values.npy", mmap_mode="r"), np.load(folder/"lengths.npy"))
+
+    def _keep_captions(self, folder, tokens):
+        "Write the vectors of all captions into a folder, some at a time: a large split does not fit into memory."
+        lengths = np.array([len(o) for o in tokens], np.int64)
+        starts = np.concatenate([[0], lengths.cumsum()])
+        with atomic_dir(folder) as part:
+            out = new_array_file(part/"values.npy", np.float32, (int(lengths.sum()), self.dim))
+            for at in range(0, len(tokens), 20_000):
+                some = tokens[at:at + 20_000]
+                out[starts[at]:starts[at + len(some)]] = np.concatenate(self._read(some)[1])
+            if len(tokens): out.flush()
+            np.save(part/"lengths.npy", lengths)
 
     def pieces(self, text, most):
         "What a caption is split into, without start and end."

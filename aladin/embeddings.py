@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import InputError, atomic_write, read_json, write_json
+from .files import InputError, atomic_write, describe_format, locked, read_json, reserve, sync, write_json
 from .data import READERS, Ragged, RetrievalSet, read_ahead
 from .heads import alignment_scores
 from .model import AladinModel, hash_weights
@@ -120,7 +120,9 @@ def _id_numbers(image_ids):
     numeric = all(o.isascii() and o.isdecimal() and len(o) < 19 for o in image_ids)
     return torch.tensor([int(o) for o in image_ids]) if numeric else torch.arange(len(image_ids))
 
-def _metadata(image_ids, aggregation, clamp): return dict(format="aladin-embeddings", aggregation=aggregation, clamp=clamp, image_ids=json.dumps(image_ids))
+_FORMAT = "aladin-embeddings"
+
+def _metadata(image_ids, aggregation, clamp): return dict(format=_FORMAT, aggregation=aggregation, clamp=clamp, image_ids=json.dumps(image_ids))
 
 def save_embeddings(
     embeddings:Embeddings, # what to write
@@ -151,8 +153,8 @@ def load_embeddings(
 # %% ../nbs/10_embeddings.ipynb #3791134b
 _NUMBERS = dict(float32="F32", float16="F16", int64="I64")
 
-def _map_safetensors(path, shapes, metadata, fresh):
-    "Writable maps of the tensors of a safetensors file, which is laid out here if it is to be fresh: name -> (NumPy type, shape)."
+def _layout(shapes, metadata):
+    "The header of a safetensors file with these tensors (name -> (NumPy type, shape)), where each begins in the file, and the file's size."
     header,end = dict(__metadata__=metadata),0
     for name,(dtype,shape) in shapes.items():
         size = int(np.prod(shape))*np.dtype(dtype).itemsize
@@ -160,18 +162,59 @@ def _map_safetensors(path, shapes, metadata, fresh):
         end += size
     text = json.dumps(header).encode()
     text += b" "*(-len(text) % 8)
-    if fresh:
-        with open(path, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            f.truncate(8 + len(text) + end)
-    place = lambda name: 8 + len(text) + header[name]["data_offsets"][0]
-    return {n: np.memmap(path, dtype, "r+", place(n), tuple(shape)) if np.prod(shape) else np.empty(shape, dtype) for n,(dtype,shape) in shapes.items()}
+    starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+    return len(text).to_bytes(8, "little") + text, starts, 8 + len(text) + end
+
+def _lay_out(path, header, size):
+    "Write the header and reserve room for the rest."
+    with open(path, "wb") as f:
+        f.write(header)
+        f.flush()
+        reserve(path, f.fileno(), size)
+
+def _map_tensors(path, shapes, starts):
+    "The tensors of the file as arrays that write to it."
+    return {n: np.memmap(path, dtype, "r+", starts[n], tuple(shape)) if np.prod(shape) else np.empty(shape, dtype) for n,(dtype,shape) in shapes.items()}
 
 def _digest(model, data, *settings):
     "Changes with the weights, the split's texts and images, the region store and the settings."
     h = hashlib.sha256(json.dumps([model.config.to_dict(), data.fingerprint, *map(str, settings)], default=str).encode())
     hash_weights(h, model)
     return h.hexdigest()
+
+def _made_from(path):
+    "The digest of what an embedding file was made from; None for one that has none, and for any other file."
+    try:
+        with safe_open(path, "pt") as f: meta = f.metadata() or {}
+    except (SafetensorError, OSError): return None
+    return meta.get("made_from", "") if meta.get("format") == _FORMAT else None
+
+def _check_output(path, digest, force):
+    "Is the file there, made from the same model and data? Raises `InputError` where another file would be lost."
+    if not os.path.lexists(path): return False
+    if path.is_dir(): raise InputError(path, "output", "the name of a file", "a folder", "choose another name")
+    found = _made_from(path)
+    if found is None: raise InputError(path, "output", "a new file, or embeddings to replace", describe_format(path), "choose another name")
+    if found == digest: return True
+    if not force: raise InputError(path, "output", "a new file", "embeddings of another model, split or settings", "choose another name, or add --force to replace them")
+
+class _Unfinished:
+    "An embedding file that is being written, with a note beside it on what it is made from and how far it is."
+    def __init__(self, path, digest, size):
+        self.part, self.note = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.part.json")
+        before = read_json(self.note) if self.note.exists() else None
+        if not isinstance(before, dict) or not {"digest", "done"} <= set(before):
+            for file in (self.part, self.note):
+                if file.exists(): raise InputError(file, "file", "no file of this name", "one that aladin did not write", "move it away")
+            before = dict(digest="")
+        self.resumed = before["digest"] == digest and self.part.exists() and self.part.stat().st_size == size
+        self.digest, self.done = digest, before["done"] if self.resumed else dict(images=0, captions=0)
+        if not self.resumed: self.keep() # the note comes first: it tells a later call that the file is aladin's
+
+    def keep(self): write_json(self.note, dict(digest=self.digest, done=self.done))
+
+    def remove(self):
+        for file in (self.part, self.note): file.unlink(missing_ok=True)
 
 def encode_to_file(
     model:AladinModel, # a model
@@ -181,31 +224,51 @@ def encode_to_file(
     progress:bool=True, # show progress bars
     autocast:torch.dtype|None=None, # compute in this type where torch may, e.g. torch.bfloat16
     dtype:str="float32", # type of the stored region and word vectors: float32 or float16
+    force:bool=False, # replace embeddings of another model or split
 )->tuple: # images, regions, captions, words
-    "Encode every image once and every caption once straight into a file; memory does not grow with the split, and a killed call goes on."
-    work,path = _Encoding(model, data, batch_size, autocast),Path(path)
-    part,note = path.with_name(f".{path.name}.part"),path.with_name(f".{path.name}.part.json")
-    sizes = len(data.image_ids),int(work.rows["images"].sum()),len(data),int(work.rows["captions"].sum())
+    """Encode every image once and every caption once into a file. Memory does not grow with the split, and a killed call is resumed.
+
+    A file that was made from the same model, data and settings is kept. Raises `InputError` for a file that would be lost, for one
+    that another process is writing, and where the disk is too small."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = _digest(model, data, batch_size, autocast, dtype)
+    with locked(path.with_name(f".{path.name}.lock"), f"writing {path.name}"):
+        done, work = _check_output(path, digest, force), _Encoding(model, data, batch_size, autocast)
+        return _sizes(work, data) if done else _encode_into(work, data, path, digest, dtype, progress)
+
+def _sizes(work, data): return len(data.image_ids), int(work.rows["images"].sum()), len(data), int(work.rows["captions"].sum())
+
+def _encode_into(work, data, path, digest, dtype, progress):
+    "Write the file beside its place and rename it at the end."
+    sizes = _sizes(work, data)
     shapes = dict(regions=(dtype, (sizes[1], work.dim)), words=(dtype, (sizes[3], work.dim)), image_matching=("float32", (sizes[0], work.dim)), caption_matching=("float32", (sizes[2], work.dim)),
                   region_offsets=("int64", (sizes[0] + 1,)), word_offsets=("int64", (sizes[2] + 1,)), caption_image=("int64", (sizes[2],)), image_ids=("int64", (sizes[0],)))
-    digest,done = _digest(model, data, batch_size, autocast, dtype),dict(images=0, captions=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = read_json(note) if note.exists() and part.exists() else {}
-    if resumed := before.get("digest") == digest: done = before["done"]
-    t = _map_safetensors(part, shapes, _metadata(data.image_ids, model.config.aggregation, work.clamp), not resumed)
+    metadata = _metadata(data.image_ids, work.model.config.aggregation, work.clamp) | dict(made_from=digest)
+    header, starts, size = _layout(shapes, metadata)
+    unfinished = _Unfinished(path, digest, size)
+    part, done = unfinished.part, unfinished.done
+    if not unfinished.resumed:
+        try: _lay_out(part, header, size)
+        except (InputError, OSError):
+            unfinished.remove()
+            raise
+    t = _map_tensors(part, shapes, starts)
     t["caption_image"][:],t["image_ids"][:] = data.caption_image,_id_numbers(data.image_ids).numpy()
     for side,name in (("images", "region"), ("captions", "word")): t[f"{name}_offsets"][1:] = work.rows[side].cumsum()
     def keep():
         for o in t.values():
             if isinstance(o, np.memmap): o.flush()
-        write_json(note, dict(digest=digest, done=done))
+        unfinished.keep()
     for side,matching,sets in (("images", "image_matching", "regions"), ("captions", "caption_matching", "words")):
         with work.autocasting():
             for done[side] in work.fill(side, *(torch.from_numpy(t[n]) for n in (matching, sets)), progress, done[side]):
                 if done[side] % 100 == 0: keep()
     keep()
+    sync(part)
     os.replace(part, path)
-    note.unlink()
+    sync(path.parent)
+    unfinished.remove()
     return sizes
 
 # %% ../nbs/10_embeddings.ipynb #db59b5b9

@@ -6,7 +6,7 @@
 __all__ = ['TOKEN', 'Segment', 'SetStore', 'LiveItems', 'ExactEngine', 'MilvusEngine']
 
 # %% ../nbs/12_engines.ipynb #27f6874f
-import json, os, time, uuid
+import json, os, re, time, uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,8 @@ class Segment:
         "Where the set of an item lies."
         return slice(*self.offsets[row:row+2].tolist())
 
+_SEGMENT_NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
+
 class SetStore:
     "The segments of one kind of items; `path` need not be there yet."
     def __init__(self,
@@ -53,8 +55,13 @@ class SetStore:
         self.path,self._open = Path(path),{}
 
     def names(self)->list:
-        "The segments that are there, oldest first."
-        return sorted(p.name for p in self.path.iterdir() if p.suffix != ".part") if self.path.is_dir() else []
+        "The segments that are there, oldest first. Whatever else lies in the folder is ignored."
+        return sorted(p.name for p in self.path.iterdir() if _SEGMENT_NAME.fullmatch(p.name)) if self.path.is_dir() else []
+
+    def next_name(self)->str:
+        "A name after all that are there: a number counted up, whatever the clock says, and a random part."
+        number = max((int(n[:20]) for n in self.names()), default=0) + 1
+        return f"{number:020d}-{uuid.uuid4().hex[:8]}"
 
     def segment(self,
         name:str, # of a segment
@@ -70,12 +77,10 @@ class SetStore:
         **arrays, # sets, offsets, vectors and what else has one row an item or a region
     )->str: # the segment's name
         "Write a segment, all or nothing; it is on disk when the call returns."
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        name = self.next_name()
         with atomic_dir(self.path/name) as part:
             for key,value in arrays.items(): np.save(part/f"{key}.npy", value, allow_pickle=False)
             (part/"segment.json").write_text(json.dumps(about), encoding="utf-8")
-            for file in (*part.iterdir(), part): _to_disk(file)
-        _to_disk(self.path)
         return name
 
     def read(self,
@@ -104,24 +109,25 @@ class LiveItems:
     vectors:np.ndarray # float32 [items, dim]
     sets:Ragged # float32 [total, dim]
 
-def _to_disk(path):
-    "Have the system write a file or folder out."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 # %% ../nbs/12_engines.ipynb #a9c10c84
 class ExactEngine:
     "All vectors in memory, every score computed; filled from the segments of a `SetStore`."
     def __init__(self,
         store:SetStore, # whose segments count
     ):
-        self.store,self._seen,self._place,self._owner = store,set(),{},{}
-        self._vectors = None
+        self.store = store
+        self._forget()
+
+    def _forget(self):
+        self._seen, self._place, self._owner, self._vectors = set(), {}, {}, None
 
     def refresh(self):
         "Take in the segments that were written since, by whomever."
-        new = [n for n in self.store.names() if n not in self._seen]
+        names = self.store.names()
+        new = [n for n in names if n not in self._seen]
+        if new and self._seen and new[0] < max(self._seen): # written at the same time as one that was read before
+            self._forget()
+            new = names
         for name in new:
             about = self.store.segment(name).about
             for item in about.get("deleted", ()):

@@ -8,6 +8,7 @@ __all__ = ['SCENES_SIZES', 'BANK_IMAGES', 'provenance', 'prepare_data', 'prepare
 
 # %% ../nbs/14_experiments.ipynb #30a8b424
 import copy, os, platform, random, shutil, subprocess, time
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 
 import aladin
 from .config import ExperimentConfig, config_from_dict, config_to_dict
-from .files import InputError, atomic_dir, atomic_write, read_json, write_json
+from .files import InputError, atomic_dir, atomic_write, install, part_dir, read_json, write_json
 from .data import build_vocabulary, captions_file, load_tokenizer, read_captions, read_keys
 from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
 from .model import AladinConfig, AladinModel, default_device, device_name, load_model, save_model, start_from_teacher, start_from_text_model
 from .plots import results_table, students_markdown, students_table, table_markdown
+from .reference import compare_runs, comparison_text
 from .regions import convert_regions, open_regions
 from .scenes import write_scenes
 from .checkpoints import Checkpoints
@@ -82,11 +84,9 @@ def prepare_data(
     "Convert the regions, copy captions and keys, settle the vocabulary; all or nothing."
     data,out = Path(data),Path(out)
     if not data.is_dir(): raise InputError(data, "data folder", "a folder in the COCO-IR layout", "nothing there", "check the path")
-    if overwrite and out.exists() and any(out.iterdir()) and not (out/"prepared.json").exists():
-        raise InputError(out, "output folder", "an empty folder, or a prepared one to replace", "other files", "choose another folder")
     if vocabulary: load_tokenizer(vocabulary)
     source = Path(features) if features else data/"regions" if (data/"regions").is_dir() else data
-    with atomic_dir(out, overwrite) as part:
+    with atomic_dir(out, overwrite, "prepared.json") as part:
         if (source/"store.json").exists(): shutil.copytree(source, part/"regions")
         else: convert_regions(source, part/"regions", dtype=dtype, progress=progress)
         _copy_extras(data, part, dtype, progress)
@@ -109,10 +109,11 @@ def prepare_scenes(
     size:str="full", # full or tiny
     seed:int=0, # of the generator
     progress:bool=True, # show progress bars
+    overwrite:bool=False, # replace a data set that is there
 )->dict: # the generator's summary with the symbolic ceiling
     "Write the embedded data set in the authors' layout, with a second detector's regions and a small CLIP text model."
     train,minival,test = SCENES_SIZES[size]
-    summary = write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress)
+    summary = write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress, overwrite=overwrite)
     make_clip(Path(out)/"clip", [c for texts in read_captions(captions_file(out, "train")).values() for c in texts], seed=seed)
     return summary
 
@@ -159,6 +160,18 @@ def pretrain_run(
     write_json(run/"pretraining.json", summary)
     return summary
 
+def _trained_before(run, checkpoints):
+    "What an earlier training left in a run folder."
+    kept = Path(checkpoints or run/"checkpoints")
+    return [n for n in ("training.json", "model") if (run/n).exists()] + [kept.name]*any(kept.glob("step-*.safetensors"))
+
+@contextmanager
+def _replacing(run, p):
+    "A folder for a new training, whose files take the places of the old one's when the block succeeds."
+    with part_dir(run/"training") if p.first else nullcontext() as part:
+        yield Path(p.tell(str(part)))
+        if p.first: install(part, run, "training.json")
+
 def train_run(
     config:ExperimentConfig, # what to train
     data, # prepared folder
@@ -167,14 +180,27 @@ def train_run(
     progress:bool=True, # show progress bars
     resume:str="", # auto: go on from the newest checkpoint, if any; previous: from the newest that can be read; empty: anew
     checkpoints=None, # folder of the checkpoints; checkpoints/ in `run` when not given
+    force:bool=False, # replace a training that is there
 )->dict: # best step, its minival metrics, seconds
-    "Train one configuration and keep its best model on minival. Under torchrun or accelerate launch the processes share each batch and the first one writes."
-    run,start,p = Path(run),time.perf_counter(),Processes.start()
+    """Train one configuration and keep its best model on minival.
+
+    Under torchrun or accelerate launch the processes share each batch and the first one writes. Raises `InputError` for a
+    folder that holds a training, unless it is resumed or replaced (`force`)."""
+    run, p = Path(run), Processes.start()
+    options = dict(teacher=teacher, progress=progress, resume=resume)
+    there = p.tell(_trained_before(run, checkpoints))
+    if not there or resume: return _train_into(run, config, data, checkpoints or run/"checkpoints", p, **options)
+    if not force: raise InputError(run, "output folder", "a folder without a training", ", ".join(there), "add --resume auto to resume that training, --force to replace it, or choose another folder")
+    if checkpoints: Checkpoints(checkpoints).clear(p.first)
+    with _replacing(run, p) as part: return _train_into(part, config, data, checkpoints or part/"checkpoints", p, **options)
+
+def _train_into(run, config, data, checkpoints, p, teacher, progress, resume):
+    "Train into a folder that holds no other training, or resume the one that it holds."
+    start = time.perf_counter()
     tokenizer,training,minival = _open_prepared(data, config, "train", "minival")
     if p.first: run.mkdir(parents=True, exist_ok=True)
-    kept = Checkpoints(checkpoints or run/"checkpoints", config.training.keep_checkpoints)
-    if not resume: kept.clear(p.first)
-    goes_on = p.tell(bool(kept.all())) # as the first process sees it, after its clearing
+    kept = Checkpoints(checkpoints, config.training.keep_checkpoints)
+    goes_on = p.tell(bool(kept.all())) # as the first process sees it
     set_seed(config.seed)
     model = _new_model(config, training, tokenizer)
     taken = _start(model, config, data, teacher)
@@ -237,9 +263,14 @@ def report(
     folder, # results/<data set>
     runs=None, # which, as <configuration>/seed-<number>; all that are there when not given
     out=None, # folder for table.md and table.csv; `folder` when not given
+    compare:bool=True, # end table.md with a comparison with the published figures
 )->pd.DataFrame:
-    "Gather the runs' metrics.json into table.csv and table.md, the latter with what each student keeps of its teacher's rsum; and the figures corrected for hubness, into table_csls.csv."
-    runs,out = [read_json(p) for p in ([Path(folder)/r/"metrics.json" for r in runs] if runs else sorted(Path(folder).glob("*/seed-*/metrics.json"))) if p.parent.suffix != ".part"],Path(out or folder)
+    """Gather the runs' metrics.json into table.csv and table.md, and the figures corrected for hubness into table_csls.csv.
+
+    table.md also shows what each student keeps of its teacher's rsum. Raises `InputError` for a folder without runs."""
+    names,out = runs,Path(out or folder)
+    paths = [Path(folder)/r/"metrics.json" for r in runs] if runs else sorted(Path(folder).glob("*/seed-*/metrics.json"))
+    runs = [read_json(p) for p in paths if p.parent.suffix != ".part"]
     if not runs: raise InputError(folder, "folder", "runs with a metrics.json", "none", "run some configurations first")
     table = results_table(runs)
     with atomic_write(out/"table.csv") as part: table.to_csv(part)
@@ -249,8 +280,11 @@ def report(
         corrected = results_table([r | dict(heads=r["heads_csls"]) for r in runs])
         with atomic_write(out/"table_csls.csv") as part: corrected.to_csv(part)
         text += f"\nThe same corrected for hubness by CSLS, measured on {BANK_IMAGES} training images and their captions (fewer where there are fewer):\n\n{table_markdown(corrected)}"
+    if compare: text += "\nCompared with the published figures:\n\n" + _as_list(comparison_text(compare_runs(folder, runs=names)))
     with atomic_write(out/"table.md") as part: part.write_text(text, encoding="utf-8")
     return table
+
+def _as_list(text): return "".join(f"- {line}\n" for line in text.split("\n"))
 
 # %% ../nbs/14_experiments.ipynb #3615f46a
 def length_sweep(
@@ -261,8 +295,11 @@ def length_sweep(
     tags:list, # most tags of an image, one run each
     tokens:list=(), # longest captions, to be tried with each; the configuration's own when not given
     progress:bool=True, # show progress bars
+    force:bool=False, # replace trainings with other settings that are there
 )->pd.DataFrame: # tokens, tags, regions, i2t and t2i R@1/5/10, rsum on minival
-    "One training for each length of the tags; raises `InputError` for lengths that leave nothing."
+    """One training for each length of the tags. Trainings that are there are kept, and a killed one is resumed.
+
+    Raises `InputError` for lengths that leave nothing, and for trainings with other settings unless `force`."""
     if "alignment" not in config.loss.terms: raise InputError(config.name, "loss.terms", "alignment among them: the sweep reads the alignment head", config.loss.terms, "choose another configuration")
     rows = []
     for most in tokens or [config.data.max_tokens]:
@@ -272,7 +309,8 @@ def length_sweep(
             c.data.max_tokens,c.data.max_tags,c.data.max_regions = most,n,total - n
             run = Path(out)/f"tokens-{most}-tags-{n}-regions-{total - n}"
             done = read_json(run/"training.json") if (run/"training.json").exists() else {}
-            if done.get("config") != config_to_dict(c): done = train_run(config_from_dict(config_to_dict(c)), data, run, progress=progress)
+            if done.get("config") != config_to_dict(c):
+                done = train_run(config_from_dict(config_to_dict(c)), data, run, progress=progress, resume="" if done else "auto", force=force)
             m = done["minival"]["alignment"]
             rows.append(dict(tokens=most, tags=n, regions=total - n, **{f"{d} R@{k}": m[d][f"r{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)}, rsum=m["rsum"]))
     table = pd.DataFrame(rows)

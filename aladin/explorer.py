@@ -197,7 +197,7 @@ def small_run(
     if not (out/"data"/"prepared.json").exists():
         write_scenes(out/"scenes", *images, progress=progress)
         prepare_data(out/"scenes", out/"data", progress=progress)
-    if not (run/"training.json").exists(): train_run(config, out/"data", run, progress=progress)
+    if not (run/"training.json").exists(): train_run(config, out/"data", run, progress=progress, resume="auto")
     return run
 
 # %% ../nbs/19_explorer.ipynb #6c3025e0

@@ -7,14 +7,15 @@ __all__ = ['CONFIGURATIONS', 'TEACHER', 'experiments_dir', 'experiment_config', 
            'end_with_parent', 'run_stage', 'run_results']
 
 # %% ../nbs/17_graph.ipynb #a2eff86c
-import ctypes, difflib, hashlib, json, os, shutil, signal, subprocess, sys, time
+import ctypes, difflib, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import yaml
 
 import aladin
 from .config import ExperimentConfig, config_from_dict, config_to_dict, load_config
-from .files import InputError, RunFailed, read_json, write_json
+from .files import InputError, RunFailed, install, locked, part_dir, read_json, remove_if_stale, write_json
+from .reference import compare_runs, comparison_text
 
 # %% ../nbs/17_graph.ipynb #c7cfc66e
 def experiments_dir()->Path:
@@ -77,6 +78,15 @@ def check_parameters(
             near = difflib.get_close_matches(name, list(known), 1, 0)
             raise InputError(notebook, f"parameter {name}", f"one of {', '.join(known)}", "an unknown parameter", f"did you mean {near[0]}?" if near else "remove it")
 
+def _with_home(folder):
+    "The environment with a HOME that can be written to: Snakemake and Jupyter keep files there."
+    home = Path(os.path.expanduser("~"))
+    if os.access(home, os.W_OK | os.X_OK): return dict(os.environ)
+    own, hub = Path(folder)/".home", home/".cache"/"huggingface"
+    own.mkdir(parents=True, exist_ok=True)
+    kept = dict(HF_HOME=str(hub)) if hub.is_dir() and "HF_HOME" not in os.environ else {}
+    return os.environ | dict(HOME=str(own.resolve())) | kept
+
 def run_notebook(
     name:str, # prepare, train, evaluate, attention or report
     folder, # where the executed notebook goes
@@ -87,6 +97,7 @@ def run_notebook(
     source,folder = experiments_dir()/f"{name}.ipynb",Path(folder)
     check_parameters(source, parameters)
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= _with_home(folder)
     part,target = folder/f".{name}.part.ipynb",folder/f"{name}.ipynb"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=50"])
@@ -133,6 +144,11 @@ def _pretraining(config):
     training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "pretrain_batch", "grad_clip", "thinning")}
     return f"pretraining-{_digest(model, config_to_dict(config)['data'], training)[:6]}/seed-{config.seed}"
 
+def _check_name(name):
+    "The name of a data set is a folder of the results."
+    if not name or name in (".", "..", "reference") or "/" in name or name.startswith(".") or len(os.fsencode(name)) > 200:
+        raise InputError("results", "name", "the name of a folder, other than reference, which holds the published figures", repr(name), "choose another with --name")
+
 def describe(
     out="results", # where results/<name> is written
     data=None, # a COCO-IR folder; none: the embedded scenes
@@ -153,6 +169,7 @@ def describe(
         if path and not Path(path).exists(): raise InputError(path, what, "a folder or file", "nothing there", "check the path")
     name = name or (("scenes" if size == "full" else f"scenes-{size}") if data is None else Path(data).resolve().name)
     settings = settings or ("tiny" if size == "tiny" else name if (experiments_dir()/"settings"/f"{name}.yaml").exists() else "default")
+    _check_name(name)
     folder = Path(out)/name
     source = dict(data=str(data or ""), features=str(features or ""), size=size, seed=0, vocabulary=str(vocabulary or ""))
     graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads, pictures=str(pictures or data or folder/"scenes"),
@@ -178,9 +195,12 @@ _DONE = dict(prepare="data/prepared.json", pretrain="pretraining.json", train="t
 
 def end_with_parent(
     how=signal.SIGTERM, # the signal that ends it
+    parent:int=0, # process id of the parent, which may have ended already; 0: not checked
 ):
     "Ask Linux to end this process when its parent ends; elsewhere nothing."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, how) # PR_SET_PDEATHSIG
+    if sys.platform != "linux": return
+    ctypes.CDLL(None).prctl(1, how) # PR_SET_PDEATHSIG
+    if parent and os.getppid() != parent: os.kill(os.getpid(), how)
 
 def _parameters(graph, stage, run, part):
     "What a stage's notebook is told."
@@ -200,12 +220,6 @@ def _checkpoints(graph, run):
     begins = [read_json(o)["made by"] for o in (folder/start/"pretraining.json", folder/start/"training.json") if start and o.exists()]
     return folder/run/f"checkpoints-{_digest(graph['runs'][run]['digest'], graph['prepare']['digest'], begins)}"
 
-def _move(source, target):
-    "Rename, replacing a folder or file of that name."
-    if target.is_dir(): shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
-
 def run_stage(
     graph:dict, # from `describe`
     stage:str, # prepare, pretrain, train, evaluate, attention or report
@@ -213,25 +227,19 @@ def run_stage(
     say=print, # where progress is told
 )->Path: # the file that tells that the stage is done
     "Execute a stage's notebook and move what it made to its place, all or nothing; raises `RunFailed` naming the failed notebook."
-    folder = Path(graph["folder"])/run
-    part,start,what = folder.with_name(f"{folder.name}.{stage}-{os.getpid()}.part"),time.perf_counter(),f"{run or graph['name']}: {stage}"
-    part.mkdir(parents=True)
-    done = folder/_DONE[stage]
+    folder, start, what = Path(graph["folder"])/run, time.perf_counter(), f"{run or graph['name']}: {stage}"
+    failed = folder/f"{stage}.failed.ipynb"
     say(f"{what} ...")
-    try:
-        run_notebook(stage, part, _parameters(graph, stage, run, part))
-        made = sorted(part.iterdir(), key=lambda p: p.name == done.relative_to(folder).parts[0])
-        done.unlink(missing_ok=True)
-        (folder/f"{stage}.failed.ipynb").unlink(missing_ok=True)
-        for path in made: _move(path, folder/path.name)
-        for path in folder.glob("checkpoints-*"): shutil.rmtree(path)
-    except RunFailed as e:
-        failed = folder/f"{stage}.failed.ipynb"
-        _move(part/failed.name, failed)
-        raise RunFailed(f"{what} failed, see {failed}: {str(e).split(': ', 1)[1]}") from None
-    finally: shutil.rmtree(part, ignore_errors=True)
+    with part_dir(folder/stage) as part:
+        try: run_notebook(stage, part, _parameters(graph, stage, run, part))
+        except RunFailed as e:
+            os.replace(part/failed.name, failed)
+            raise RunFailed(f"{what} failed, see {failed}: {str(e).split(': ', 1)[1]}") from None
+        install(part, folder, _DONE[stage].split("/")[0])
+    failed.unlink(missing_ok=True)
+    for path in folder.glob("checkpoints-*"): shutil.rmtree(path)
     say(f"{what} done in {time.perf_counter()-start:.0f} s")
-    return done
+    return folder/_DONE[stage]
 
 # %% ../nbs/17_graph.ipynb #d1e5c622
 # Said in the new process and not between fork and exec, where threads of others (gRPC's) may have left a lock closed.
@@ -239,15 +247,18 @@ _LAUNCH = """import os, signal, sys
 from aladin.graph import end_with_parent
 how = int(sys.argv[1])
 if how == signal.SIGINT: signal.signal(how, signal.SIG_DFL) # a shell's & had it ignored
-end_with_parent(how)
-os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[2:]])"""
+end_with_parent(how, int(sys.argv[2]))
+os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[3:]])"""
 
-def _snakemake(graph, jobs, *options, profile=None):
-    "Run Snakemake on the study; its exit status. When we end it is killed; with a profile it is interrupted, and cancels what it submitted."
+def _snakemake(graph, jobs, *options, profile=None, lock=None, output=None):
+    """Run Snakemake on the study; its exit status. It ends with this process: it is killed, or with a profile interrupted, to cancel its jobs.
+
+    Until it has ended it holds the `lock` too."""
     folder = Path(graph["folder"]).resolve()
-    command = [sys.executable, "-c", _LAUNCH, int(signal.SIGINT if profile else signal.SIGKILL), "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
+    command = [sys.executable, "-c", _LAUNCH, int(signal.SIGINT if profile else signal.SIGKILL), os.getpid(), "--snakefile", experiments_dir()/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
     command += [*(["--profile", profile] if profile else []), *(["--jobs" if profile else "--cores", jobs] if jobs else [])]
-    process = subprocess.Popen([str(o) for o in command])
+    inherited = (lock.handle,) if lock else ()
+    process = subprocess.Popen([str(o) for o in command], env=_with_home(folder), pass_fds=inherited, stdout=output, stderr=output)
     try: return process.wait()
     except KeyboardInterrupt: # which it got too
         if not profile: process.kill()
@@ -259,9 +270,34 @@ def _on_gpu():
     device = os.environ.get("ALADIN_DEVICE") or ("cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not list(Path("/dev").glob("nvidia[0-9]*")) else "cuda")
     return not device.startswith("cpu")
 
-def _clear(folder):
-    "Remove what killed stages have left."
-    for part in folder.rglob("*.part"): shutil.rmtree(part, ignore_errors=True)
+def _why_not(graph, lock):
+    "What Snakemake says where it ends before the first stage."
+    with tempfile.TemporaryFile() as said:
+        _snakemake(graph, 1, "--dry-run", "--nocolor", lock=lock, output=said)
+        said.seek(0)
+        lines = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return " ".join(lines[-8:])[-800:] or "it said nothing"
+
+def _unlock(graph, folder, lock):
+    "Take away the lock that the Snakemake of a killed call left. One that nobody here left is refused."
+    locks = folder/".snakemake"/"locks"
+    if not any(locks.glob("*")): return
+    if not lock.left:
+        raise InputError(locks, "lock", "no Snakemake at work in this folder", "its lock", "wait until it has ended; if none is running, remove these files")
+    _snakemake(graph, 1, "--unlock", "--quiet", "all")
+
+def _run_graph(graph, folder, lock, jobs, force, profile):
+    "Have Snakemake make what is missing or out of date."
+    jobs = jobs or (None if profile else os.cpu_count() or 1)
+    options = ["--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
+    if force: options.append("--forceall")
+    if not profile and _on_gpu(): options += ["--resources", "gpu_runs=1"]
+    status = _snakemake(graph, jobs, *options, profile=profile, lock=lock)
+    for part in folder.rglob(".*.part"): remove_if_stale(part)
+    if not status: return
+    failed = sorted(str(Path(graph["folder"])/p.relative_to(folder)) for p in folder.rglob("*.failed.ipynb"))
+    if not failed: raise RunFailed(f"{graph['name']}: Snakemake ended with status {status}: {_why_not(graph, lock)}. Its log is in {folder/'.snakemake'/'log'}")
+    raise RunFailed(f"{graph['name']}: {len(failed)} failed, all that does not depend on them is done; see {', '.join(failed)}")
 
 def run_results(
     out="results", # where results/<name> is written
@@ -272,17 +308,14 @@ def run_results(
     **study, # see `describe`
 ): # the results table, a DataFrame
     "Prepare, train, evaluate, show and report every configuration; what is there and up to date is kept. Raises `RunFailed` naming the runs that failed."
-    graph,start = describe(out, **study),time.perf_counter()
+    graph, start = describe(out, **study), time.perf_counter()
     folder = Path(graph["folder"]).resolve()
     if profile and not Path(profile).exists(): raise InputError(profile, "profile", "a folder with config.yaml", "nothing there", "take nbs/experiments/profiles/slurm")
-    write_json(folder/"graph.json", graph)
-    if not profile: _clear(folder) # on a cluster a part may be that of a job that still runs
-    if any((folder/".snakemake"/"locks").glob("*")): _snakemake(graph, 1, "--unlock", "--quiet", "all") # left by a killed call
-    options = [*(["--resources", "gpu_runs=1"] if not profile and _on_gpu() else []), "--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
-    status = _snakemake(graph, jobs or (None if profile else os.cpu_count() or 1), *options, *(["--forceall"] if force else []), profile=profile)
-    failed = sorted(str(Path(graph["folder"])/p.relative_to(folder)) for p in folder.rglob("*.failed.ipynb"))
-    if status: raise RunFailed(f"{graph['name']}: {len(failed)} failed, all that does not depend on them is done; see " + (", ".join(failed) or f"{folder/'.snakemake'/'log'}"))
-    _clear(folder)
+    with locked(folder/".lock", f"writing to {graph['folder']}") as lock:
+        _unlock(graph, folder, lock)
+        write_json(folder/"graph.json", graph)
+        _run_graph(graph, folder, lock, jobs, force, profile)
     say(f"{graph['name']}: done in {time.perf_counter()-start:.0f} s; see {graph['folder']}/table.md")
+    say(comparison_text(compare_runs(folder, runs=list(graph["runs"]))))
     import pandas as pd
     return pd.read_csv(folder/"table.csv")

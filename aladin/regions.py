@@ -448,9 +448,7 @@ def convert_regions(
     "Convert a TSV folder into a `RegionStore`, checking every image; on failure nothing is left behind."
     out, dtype = Path(out), np.dtype(dtype)
     if dtype.name not in ("float32","float16"): raise InputError(out, "dtype", "float32 or float16", dtype.name, "choose one of these")
-    if overwrite and out.exists() and not (out/"store.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(out, "output folder", "a region store to replace, or an empty folder", "other files", "choose another folder")
-    with atomic_dir(out, overwrite=overwrite) as part: _write_store(TsvRegions(src_folder), part, dtype, progress)
+    with atomic_dir(out, overwrite, "store.json") as part: _write_store(TsvRegions(src_folder), part, dtype, progress)
     return RegionStore(out)
 
 # %% ../nbs/02_regions.ipynb #0d26294b

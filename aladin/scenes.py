@@ -547,12 +547,13 @@ def write_scenes(
     pictures:bool=True, # draw a PNG for each image?
     workers:int=2, # processes that draw; the files do not depend on it
     progress:bool=True, # show a progress bar?
+    overwrite:bool=False, # replace a data set that is already there?
 )->dict: # counts, seed, and the symbolic ceiling of the test images
     "Write the data set; raises `InputError` when the numbers make no sense or the folder is in use."
     counts = dict(train=train, minival=minival, test=test)
     if not all(0 <= n <= 100_000 for n in counts.values()) or not sum(counts.values()):
         raise InputError(out, "number of images", "0 to 100000 for each split, and at least one image", str(counts), "change the counts")
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, overwrite, "scenes.json") as folder:
         images = {i: s for split, n in counts.items() for i, s in _split_images(split, n, seed).items()}
         _write_layout(folder, images)
         with atomic_dir(folder/"detic") as part: _write_store(_Again(folder/"detic", images), part, np.dtype(np.float16), False)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .config import DataSettings
-from .files import InputError, read_json, write_json
+from .files import InputError, locked, read_json, write_json
 from .data import RetrievalSet, load_tokenizer
 from .engines import ExactEngine, MilvusEngine, SetStore
 from .heads import alignment_scores
@@ -180,7 +180,8 @@ class SearchIndex:
         "An index of a split, or of any pictures; what `out` holds already from the same data stays."
         scratch = tempfile.TemporaryDirectory() if out is None else None
         folder,encoder = Path(scratch.name if scratch else out),CaptionEncoder(model, images.tokenizer, images.clip)
-        index = cls(folder, encoder) if (folder/"index.json").exists() else cls.create(folder, encoder, engine or "exact", approximate)
+        with locked(folder.with_name(f".{folder.name}.lock"), "creating this index", wait=True): # the second process uses what the first has made
+            index = cls(folder, encoder) if (folder/"index.json").exists() else cls.create(folder, encoder, engine or "exact", approximate)
         if engine not in (None, index.info["engine"]): raise InputError(folder, "engine", f"{index.info['engine']}, which holds this index", engine, "leave the engine out, or build another index")
         index._scratch = scratch
         index.add(images, batch_size, progress)

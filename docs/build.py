@@ -24,6 +24,7 @@ def staged(path):
     name = path.removesuffix("/")
     if name == "nbs/index.ipynb": return "guide.ipynb"
     if name in ("nbs", "aladin"): return "rooms/index.md"
+    if re.fullmatch(r"results/reference(/.*)?", name): name = name.replace("results/reference", "results", 1)
     if re.fullmatch(r"results/[\w.-]+\.md", name): return name
     if at := re.fullmatch(r"(results/[\w.-]+)/\w+\.md", name): return f"{at[1]}/index.md"
     if name in ("nbs/experiments/configurations", "nbs/experiments/settings"): return "experiments/configurations.md"
@@ -100,7 +101,7 @@ def stage_home(stage):
     "The home page: docs/pages/home.md with the README's first words, the results as they are, and pairs that move."
     cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
     shown = read_json(docs/"pairs.json")
-    table = (root/"results"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
+    table = (root/"results"/"reference"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
     pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "rooms/index": "each part of the package, explained, with its API",
              "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "manifests, file formats, differences from the originals"}
     if not TUTORIALS: del pages["tutorials/index"]
@@ -120,7 +121,7 @@ def stage_home(stage):
 def stage_all(stage):
     stage_notebooks(stage)
     (stage/"results").mkdir()
-    results.stage(root/"results", stage/"results")
+    results.stage(root/"results"/"reference", stage/"results")
     stage_reference(stage)
     stage_home(stage)
     (stage/"pictures").mkdir()

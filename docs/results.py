@@ -1,4 +1,4 @@
-"Result pages from results/: they read the same files that the tables and figures were written to, so they cannot disagree."
+"Result pages from results/reference/: they read the same files that the tables and figures were written to, so they cannot disagree."
 import base64, csv, re, shutil
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def stage(results, out):
     "All result pages."
     names = sorted(p.parent.name for p in results.glob("*/table.md"))
     for name in names: data_page(results/name, out/name)
-    parts = ["# Results\n", "Made from the files in `results/`, which `make results` wrote: each has its commit, seed, versions, machine and times beside it.\n"]
+    parts = ["# Results\n", "Made from the files in `results/reference/`, which `make results` and `make bench` wrote: each has its commit, seed, versions, machine and times beside it.\n"]
     parts += [f"- [{n}]({n}/index.md)" for n in names]
     measured = sorted(results.glob("*.md"))
     for path in measured:

@@ -79,7 +79,8 @@ def test_executed_notebooks_carry_no_noise(results):
 
 def test_no_part_is_left_or_reported(results):
     assert not list(results.rglob("*.part")) and not list(results.rglob("checkpoints-*"))
-    (part := results/"other"/"seed-1.train-5.part").mkdir(parents=True)
+    part = results/"other"/".seed-1.5-0123abcd.part"
+    part.mkdir(parents=True)
     (part/"metrics.json").write_text("{")
     assert len(report(results)) == 2
 

@@ -111,7 +111,7 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
 
     code = f"from aladin.graph import run_results; run_results({str(out)!r}, profile={profile!r}, **{STUDY!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: list(folder.rglob("seed-1.train-*.part")))
+    wait_for(lambda: list(folder.rglob(".train.*.part")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_for(lambda: slurm.states().get("4") == "CANCELLED" and not list((folder/".snakemake"/"locks").glob("*")))
