@@ -13,10 +13,10 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv dev results test bench docs lab export clean
+.PHONY: help venv dev results reproduce reference test bench docs lab export clean
 
 help: ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "Variables of make results:"
 	@echo "  DATA=folder      captions and key files, in the COCO-IR layout (default: the embedded scenes)"
 	@echo "  FEATURES=folder  region features, a TSV folder or a region store (default: DATA)"
@@ -65,6 +65,12 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 	  $(if $(NAME),--name "$(NAME)") $(if $(SETTINGS),--settings "$(SETTINGS)") $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(foreach c,$(CONFIGURATION),--configuration "$(c)") $(if $(JOBS),--jobs $(JOBS)) $(if $(THREADS),--threads $(THREADS)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
 	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
+
+reproduce: $(VENV)/.core ## compare the runs of OUT/NAME (default: results/scenes) with the published ones
+	@$(RUN) $(BIN)/aladin reproduce "$(OUT)/$(or $(NAME),scenes)"
+
+reference: $(VENV)/.dev ## for maintainers: publish the runs of OUT/NAME (default: results/scenes) in results/reference
+	@$(RUN) $(BIN)/python .ci/reference.py "$(OUT)/$(or $(NAME),scenes)"
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 	ALADIN_DEVICE=cpu OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 20

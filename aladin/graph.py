@@ -168,8 +168,8 @@ def describe(
     for path,what in ((data, "data"), (features, "features"), (vocabulary, "vocabulary"), (pictures, "pictures")):
         if path and not Path(path).exists(): raise InputError(path, what, "a folder or file", "nothing there", "check the path")
     name = name or (("scenes" if size == "full" else f"scenes-{size}") if data is None else Path(data).resolve().name)
-    settings = settings or ("tiny" if size == "tiny" else name if (experiments_dir()/"settings"/f"{name}.yaml").exists() else "default")
     _check_name(name)
+    settings = settings or ("tiny" if size == "tiny" else name if (experiments_dir()/"settings"/f"{name}.yaml").exists() else "default")
     folder = Path(out)/name
     source = dict(data=str(data or ""), features=str(features or ""), size=size, seed=0, vocabulary=str(vocabulary or ""))
     graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads, pictures=str(pictures or data or folder/"scenes"),
