@@ -193,7 +193,8 @@ _LARGEST = 2**31 - 1
 def _check_number(path, key, value, bounds):
     "Refuse a number that is not finite or leaves its bounds."
     limits = dict(bounds) if isinstance(value, float) else dict(le=_LARGEST) | bounds
-    if math.isfinite(value) and all(_BOUNDS[o][0](value, limit) for o,limit in limits.items()): return
+    finite = isinstance(value, int) or math.isfinite(value)
+    if finite and all(_BOUNDS[o][0](value, limit) for o,limit in limits.items()): return
     words = [_BOUNDS[o][1].format(f"{limit:,}") for o,limit in limits.items() if o in bounds or value > limit]
     raise InputError(path, key, ", ".join(["a finite number", *words]), _shown(value), f"correct the value of {key}")
 
