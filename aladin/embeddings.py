@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .files import InputError, atomic_write, describe_format, locked, read_json, reserve, sync, write_json
 from .data import READERS, Ragged, RetrievalSet, read_ahead
 from .heads import alignment_scores
-from .model import AladinModel, hash_weights
+from .model import AladinModel, evaluating, hash_weights
 
 # %% ../nbs/10_embeddings.ipynb #54da6ccd
 @dataclass
@@ -85,9 +85,8 @@ class _Encoding:
     def fill(self, side, matching, sets, progress, done=0):
         "Encode the batches after the first `done` into the two tensors; yields how many batches are there."
         order,offsets = self.order[side],np.concatenate([[0], self.rows[side].cumsum()])
-        steps,training = range(0, len(order), self.batch_size),self.model.training
-        self.model.eval()
-        try:
+        steps = range(0, len(order), self.batch_size)
+        with evaluating(self.model):
             encode = self.model.encode_images if side == "images" else self.model.encode_captions
             batches = self._read(side, [order[at:at+self.batch_size] for at in steps[done:]])
             for items,batch in tqdm(batches, desc=side, initial=done, total=len(steps), unit="batch", disable=not progress):
@@ -96,7 +95,6 @@ class _Encoding:
                 sets[np.concatenate([np.arange(offsets[i], offsets[i+1]) for i in items])] = out.sets.values.to("cpu", sets.dtype)
                 done += 1
                 yield done
-        finally: self.model.train(training)
 
 def encode_split(
     model:AladinModel, # a model

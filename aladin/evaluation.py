@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .files import InputError, atomic_write
 from .embeddings import Embeddings, ScoreTiles, encode_split, hubness, score_matrix
+from .model import evaluating
 
 # %% ../nbs/11_evaluation.ipynb #f82ea059
 def image_to_text_ranks(
@@ -140,19 +141,22 @@ class EntangledScorer:
     )->Tensor: # probabilities, [pairs]
         "Score some pairs; pairs of similar length go together."
         captions,images = np.asarray(captions),np.asarray(images)
-        d,device,training = self.data,next(self.model.parameters()).device,self.model.training
+        d,device = self.data,next(self.model.parameters()).device
         length = d.caption_lengths[captions] + d.tag_lengths[images]
         order,out = np.argsort(-length, kind="stable"),torch.empty(len(captions))
-        self.model.eval()
-        for at in range(0, len(order), self.batch_size):
-            rows = order[at:at+self.batch_size]
-            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                hidden = self.model.backbone.encode_pairs(d.caption_batch(captions[rows]).to(device), d.image_batch(images[rows]).to(device))
-                first = hidden.values[hidden.beside(hidden.offsets[:-1])]
-                logits = self.model.classifier(self.model.backbone.pooler(first[:, None])).float()
-            out[rows] = logits.softmax(1)[:, 1].cpu()
-        self.model.train(training)
+        with evaluating(self.model):
+            for at in range(0, len(order), self.batch_size):
+                rows = order[at:at+self.batch_size]
+                with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    logits = self._logits(d.caption_batch(captions[rows]).to(device), d.image_batch(images[rows]).to(device))
+                out[rows] = logits.softmax(1)[:, 1].cpu()
         return out
+
+    def _logits(self, captions, images):
+        "Both classes' logits of some pairs that are read together."
+        hidden = self.model.backbone.encode_pairs(captions, images)
+        first = hidden.values[hidden.beside(hidden.offsets[:-1])]
+        return self.model.classifier(self.model.backbone.pooler(first[:, None])).float()
 
     def search(self,
         caption:int, # caption number

@@ -23,7 +23,7 @@ from .data import build_vocabulary, captions_file, load_tokenizer, read_captions
 from .detections import convert_detections, make_clip, open_inputs
 from .embeddings import encode_split, save_embeddings
 from .evaluation import evaluate_embeddings, evaluate_model
-from .model import AladinConfig, AladinModel, default_device, device_name, load_model, save_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, default_device, device_name, load_model, save_model, select_device, start_from_teacher, start_from_text_model
 from .plots import results_table, students_markdown, students_table, table_markdown
 from .reference import compare_runs, comparison_text
 from .regions import convert_regions, open_regions
@@ -51,7 +51,7 @@ def provenance(
     return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=bool(_git("status", "--porcelain", "--", ":/aladin", ":/nbs")), seed=seed,
                 date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), versions=dict(python=platform.python_version(), aladin=aladin.__version__, **packages),
                 machine=dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
-                             accelerator=device_name(default_device())))
+                             accelerator=device_name(select_device())))
 
 def _installed(name):
     try: return bool(version(name))

@@ -347,6 +347,9 @@ def read_text(
     try: return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError): raise InputError(path, "file", what, "nothing there", fix) from None
     except IsADirectoryError: raise InputError(path, "file", what, "a folder", "name a file inside it") from None
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG: raise
+        raise InputError(path, "file", what, "a name that is too long for a file", fix) from None
     except UnicodeDecodeError as e:
         raise InputError(path, f"byte {e.start}", f"{what}, in UTF-8", describe_format(path), "choose another file, or save this one as UTF-8") from None
 

@@ -10,11 +10,9 @@ __all__ = ['CONFIGURATIONS', 'TEACHER', 'experiments_dir', 'experiment_config', 
 import ctypes, difflib, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import yaml
-
 import aladin
 from .config import ExperimentConfig, config_from_dict, config_to_dict, load_config
-from .files import InputError, RunFailed, install, locked, part_dir, read_json, remove_if_stale, write_json
+from .files import InputError, RunFailed, install, locked, part_dir, read_json, read_yaml, remove_if_stale, write_json
 from .reference import compare_runs, comparison_text
 
 # %% ../nbs/17_graph.ipynb #c7cfc66e
@@ -26,7 +24,8 @@ def experiments_dir()->Path:
 
 def _merge(values, changes):
     "Nested dicts: `changes` over `values`."
-    return values | {k: _merge(values.get(k, {}), v) if isinstance(v, dict) else v for k,v in changes.items()}
+    inner = lambda k: values[k] if isinstance(values.get(k), dict) else {}
+    return values | {k: _merge(inner(k), v) if isinstance(v, dict) else v for k,v in changes.items()}
 
 def experiment_config(
     name:str, # a configuration's name, or the path of a YAML file
@@ -40,30 +39,47 @@ def experiment_config(
         source = _named(settings, "settings")
         changes = _settings(source)
         known = sorted({p.stem for p in (experiments_dir()/"configurations").glob("*.yaml")} | {values["name"]})
-        for c in changes.get("configurations") or {}:
-            if c not in known: raise InputError(source, f"configurations.{c}", f"one of {', '.join(known)}", "an unknown configuration", f"did you mean {difflib.get_close_matches(c, known, 1, 0)[0]}?")
-        values = _merge(_merge(values, changes.get("all") or {}), (changes.get("configurations") or {}).get(values["name"]) or {})
+        for c in changes["configurations"]:
+            if c in known: continue
+            expected,near = f"one of {', '.join(known)}",difflib.get_close_matches(c[:100], known, 1, 0)[0]
+            raise InputError(source, f"configurations.{c}", expected, "an unknown configuration", f"did you mean {near}?")
+        values = _merge(_merge(values, changes["all"]), changes["configurations"].get(values["name"], {}))
         path = f"{path} with {source}"
     if seed is not None: values["seed"] = seed
     return config_from_dict(values, path)
 
-def _settings(source):
-    "What a settings file says, on top of the one that it names as its base."
-    if not source.exists(): raise InputError(source, "file", "a YAML file of settings", "nothing there", "check the path")
-    changes = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    if extra := set(changes) - {"base", "all", "configurations"}: raise InputError(source, f"key {min(extra)}", "base, all or configurations", "an unknown key", "move it under one of them")
-    base = changes.pop("base", None)
-    return _merge(_settings(_named(base, "settings")), changes) if base else changes
+def _mapping(source, where, value):
+    "A mapping of a settings file, {} where nothing is said. Raises `InputError` for anything else."
+    if value is None: return {}
+    if isinstance(value, dict): return value
+    found,fix = f"a {type(value).__name__}","write `key: value` lines"
+    raise InputError(source, where, "a mapping of keys to values", found, fix)
+
+def _settings(source, below=()):
+    "What a settings file says, on top of the one that it names as its base: the mappings all and configurations."
+    read = read_yaml(source, "a YAML file of settings")
+    if extra := set(read) - {"base", "all", "configurations"}:
+        expected,fix = "base, all or configurations","move it under one of them"
+        raise InputError(source, f"key {min(extra)}", expected, "an unknown key", fix)
+    changes = dict(all=_mapping(source, "all", read.get("all")))
+    given = _mapping(source, "configurations", read.get("configurations"))
+    changes["configurations"] = {c: _mapping(source, f"configurations.{c}", v) for c,v in given.items()}
+    base = read.get("base")
+    if base is None: return changes
+    if not isinstance(base, str) or not base.isprintable():
+        raise InputError(source, "base", "the name of settings", f"a {type(base).__name__}", "correct the name")
+    seen,path = (*below, source.resolve()),_named(base, "settings")
+    if path.resolve() in seen: raise InputError(source, "base", "settings that do not lead back here", base, "name other settings")
+    return _merge(_settings(path, seen), changes)
 
 def _named(name, kind):
     "A YAML file by its path or by its name among the experiment files."
     if Path(name).suffix in (".yaml", ".yml"): return Path(name)
-    path = experiments_dir()/kind/f"{name}.yaml"
-    if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(name, known, 1, 0)
-        raise InputError(path, kind, f"one of {', '.join(known)}", name, f"did you mean {near[0]}?" if near else "write this file")
-    return path
+    folder = experiments_dir()/kind
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name in known: return folder/f"{name}.yaml"
+    near = difflib.get_close_matches(str(name)[:100], known, 1, 0)
+    raise InputError(folder, kind, f"one of {', '.join(known)}", name, f"did you mean {near[0]}?" if near else "write a YAML file")
 
 # %% ../nbs/17_graph.ipynb #eced06eb
 def check_parameters(

@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 
 import pooch
 import requests
-import yaml
 from tqdm import tqdm
 
 import aladin
-from .files import InputError, read_json, write_json
+from .files import InputError, read_json, read_yaml, write_json
 
 # %% ../nbs/01_manifests.ipynb #991eea0a
 @dataclass
@@ -101,10 +100,7 @@ def load_manifest(
 )->Manifest:
     "Read a manifest; an `InputError` names unknown keys and wrong values."
     path = _manifest_path(name_or_path)
-    try: value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise InputError(path, "file", "a manifest", "nothing there", "check the path") from None
-    except yaml.YAMLError as e: raise InputError(path, "file", "YAML", " ".join(str(e).split()), "mend the file") from None
-    manifest = _typed(Manifest, value, path, "manifest")
+    manifest = _typed(Manifest, read_yaml(path, "a manifest"), path, "manifest")
     if manifest.name != path.stem: raise InputError(path, "name", repr(path.stem), repr(manifest.name), "give file and manifest the same name")
     if manifest.kind not in ("data set", "checkpoint"): raise InputError(path, "kind", "'data set' or 'checkpoint'", repr(manifest.kind), "write one of these")
     manifest.files = [_typed(ManifestFile, o, path, f"files[{i}]") for i,o in enumerate(manifest.files)]

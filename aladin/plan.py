@@ -23,7 +23,7 @@ from .embeddings import encode_split
 from .evaluation import evaluate_embeddings
 from .experiments import _vocabulary_lines, needs_teacher
 from .graph import experiment_config
-from .model import AladinConfig, AladinModel, default_device, device_name, load_model, start_from_teacher, start_from_text_model
+from .model import AladinConfig, AladinModel, device_name, load_model, select_device, start_from_teacher, start_from_text_model
 from .regions import TsvFile, open_regions, read_detections
 from .training import pretrain, set_seed, train, trained_heads
 
@@ -127,7 +127,7 @@ def measure(
     steps = max(1, steps)
     chosen = np.random.default_rng(config.seed).permutation(sorted(captions))[:config.training.batch_size*(steps+1)].tolist()
     sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, tokenizer, config.data, clip=clip)
-    data,few,device = sample(len(chosen)),sample(32),default_device()
+    data,few,device = sample(len(chosen)),sample(32),select_device()
     set_seed(config.seed)
     model = AladinModel(AladinConfig.for_split(config, data, len(tokenizer))).to(device)
     if Path(config.model.init_from or "-").is_dir(): start_from_text_model(model, config.model.init_from)

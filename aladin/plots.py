@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from .files import InputError, atomic_write
 from .data import RetrievalSet
 from .heads import alignment_scores
-from .model import AladinModel
+from .model import AladinModel, evaluating
 from .search import region_boxes, region_tags
 
 # %% ../nbs/13_plots.ipynb #40cc2c1a
@@ -49,12 +49,11 @@ def attend(
     caption:int, # row in data.captions
 )->Attention:
     "Encode one image and one caption and compare every region with every word."
-    training,device,c = model.training,next(model.parameters()).device,model.config
-    model.eval()
+    device,c = next(model.parameters()).device,model.config
     batch = data.image_batch([image])
-    regions = model.encode_images(batch.to(device), matching=False).sets
-    words = model.encode_captions(data.caption_batch([caption]).to(device), matching=False).sets
-    model.train(training)
+    with evaluating(model):
+        regions = model.encode_images(batch.to(device), matching=False).sets
+        words = model.encode_captions(data.caption_batch([caption]).to(device), matching=False).sets
     score = alignment_scores(regions, words, "MrSw", "never" if c.clamp == "never" else "always").item()
     pieces = data.caption_words(caption)
     if c.drop_last_word: pieces = pieces[:-1]

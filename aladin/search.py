@@ -21,7 +21,7 @@ from .files import InputError, locked, read_json, write_json
 from .data import RetrievalSet, load_tokenizer
 from .engines import ExactEngine, MilvusEngine, SetStore
 from .heads import alignment_scores
-from .model import AladinConfig, AladinModel, hash_weights, load_model
+from .model import AladinConfig, AladinModel, evaluating, hash_weights, load_model
 
 # %% ../nbs/12_search.ipynb #39710628
 _GEOMETRY = [n for n in inspect.signature(AladinConfig).parameters if n not in ("kwargs", "clip")]
@@ -64,7 +64,7 @@ class CaptionEncoder:
         "Encode some texts."
         if empty := [i for i,t in enumerate(texts) if not t.strip()]: raise InputError("search", f"text {empty[0]}", "some words", "an empty text", "say what the picture shows")
         data,c = self._set(texts),self.model.config
-        out = self.model.encode_captions(data.caption_batch(range(len(texts))).to(self.model.device))
+        with evaluating(self.model): out = self.model.encode_captions(data.caption_batch(range(len(texts))).to(self.model.device))
         pieces = [data.caption_words(i) for i in range(len(texts))]
         return out.matching.float().cpu(),out.sets.to("cpu", torch.float32),[p[:len(p) - c.drop_last_word] for p in pieces]
 
@@ -275,16 +275,15 @@ def add(self:SearchIndex,
 )->int: # how many were encoded
     "Insert pictures, or replace those that are there from other data; raises `InputError` for regions of another width."
     if images.regions.dim != self.model.config.region_dim: raise InputError(images.regions.path, "feature width", f"{self.model.config.region_dim}, as the model was trained with", images.regions.dim, "use the features of the model's data set")
-    source,training = images.regions.fingerprint,self.model.training
+    source = images.regions.fingerprint
     there = self.engines["images"].find(images.image_ids)
     new = [r for r,i in enumerate(images.image_ids) if i not in there or self.stores["images"].segment(there[i][0]).about["source"] != source]
-    self.model.eval()
-    try:
-        with tqdm(total=len(new), desc="index", unit="image", disable=not progress) as bar:
-            for at in range(0, len(new), _SEGMENT):
-                for put in (self._put_captions, self._put_images): put(images, new[at:at+_SEGMENT], source, batch_size) # a picture that is there has its captions
-                bar.update(len(new[at:at+_SEGMENT]))
-    finally: self.model.train(training)
+    with evaluating(self.model), tqdm(total=len(new), desc="index", unit="image", disable=not progress) as bar:
+        for at in range(0, len(new), _SEGMENT):
+            rows = new[at:at+_SEGMENT]
+            self._put_captions(images, rows, source, batch_size) # first: a picture that is there has its captions
+            self._put_images(images, rows, source, batch_size)
+            bar.update(len(rows))
     for engine in self.engines.values() if new else (): engine.settle()
     return len(new)
 

@@ -22,7 +22,7 @@ from .config import ExperimentConfig
 from .files import InputError
 from .data import READERS, ImageBatch, Ragged, RetrievalSet, read_ahead, send, training_batches
 from .losses import Criterion
-from .model import AladinModel, Encoded, default_device
+from .model import AladinModel, Encoded, default_device, evaluating
 
 # %% ../nbs/09_steps.ipynb #f990bb81
 class Thinning:
@@ -389,12 +389,13 @@ def mined_order(
     batch_size:int=256, # images or captions encoded at once
 )->np.ndarray: # every caption number once
     "Captions in an order that brings hard negatives together, for `training_batches`."
-    device,training = next(model.parameters()).device,model.training
-    model.eval()
+    device = next(model.parameters()).device
     parts = lambda n: np.split(np.arange(n), range(batch_size, n, batch_size))
-    images = torch.cat([model.encode_images(data.image_batch(o).to(device), alignment=False).matching for o in parts(len(data.image_ids))])
-    captions = torch.cat([model.encode_captions(data.caption_batch(o).to(device), alignment=False).matching for o in parts(len(data))])
-    model.train(training)
+    encode_images = lambda rows: model.encode_images(data.image_batch(rows).to(device), alignment=False).matching
+    encode_captions = lambda rows: model.encode_captions(data.caption_batch(rows).to(device), alignment=False).matching
+    with evaluating(model):
+        images = torch.cat([encode_images(o) for o in parts(len(data.image_ids))])
+        captions = torch.cat([encode_captions(o) for o in parts(len(data))])
     nearest = torch.cat([(o @ images.T).topk(min(neighbours + 1, len(images))).indices for o in captions.split(batch_size)]).cpu().numpy()
     return _neighbours_together(data.caption_image, nearest, neighbours, np.random.default_rng([seed, epoch]))
 

@@ -1,0 +1,246 @@
+"Models of any width, bounds of every number, and files that are read whole or refused: each error names the file, the place and a fix."
+import argparse, json, os, re
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from aladin.cli import main
+from aladin.config import ExperimentConfig, config_from_dict, load_config
+from aladin.data import build_vocabulary, load_torch_file
+from aladin.files import InputError
+from aladin.graph import experiment_config, experiments_dir
+from aladin.manifests import load_manifest
+from aladin.model import AladinConfig, AladinModel, default_device, evaluating, load_model, select_device
+from aladin.scenes import write_scenes
+from aladin.search import CaptionEncoder
+
+BERT = "img_txt_enc.oscar_model.bert."
+REGION_DIM = 70  # of the scenes
+
+
+def fails(action, *names):
+    "`action` raises an InputError whose message holds every name and a fix."
+    with pytest.raises(InputError) as error: action()
+    for name in (*map(str, names), "Fix:"): assert name in str(error.value), str(error.value)
+    return str(error.value)
+
+
+# Checkpoints of any width
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")/"data"
+    write_scenes(folder, train=8, minival=4, test=12, seed=0, progress=False)
+    return folder
+
+
+def authors_name(name):
+    "The authors' name of one of our tensors."
+    if name.startswith("backbone."): return BERT + name.removeprefix("backbone.")
+    if name.startswith("matching."): return "img_txt_enc.final_projection_net." + name.removeprefix("matching.")
+    return "img_txt_enc.oscar_model." + name
+
+
+def write_original(folder, scenes, width, heads, prefix="", change=None):
+    "An Oscar folder and a checkpoint of one layer in the authors' form, as their program saves them; the model that they hold."
+    oscar = folder/"oscar"
+    oscar.mkdir(parents=True)
+    captions = json.loads((scenes/"train_captions.json").read_text())
+    words = build_vocabulary([c for texts in captions.values() for c in texts])
+    (oscar/"vocab.txt").write_text("\n".join(words) + "\n")
+    sizes = dict(vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=heads, intermediate_size=2*width, max_position_embeddings=80)
+    (oscar/"config.json").write_text(json.dumps(sizes | dict(img_feature_dim=REGION_DIM, use_img_layernorm=1)))
+    torch.manual_seed(0)
+    model = AladinModel(AladinConfig(**sizes, region_dim=REGION_DIM, max_tokens=40, max_regions=20)).eval()
+    weights = {prefix + authors_name(n): t for n, t in model.state_dict().items()}
+    if change: change(weights)
+    torch.save({n: t for n, t in weights.items() if ".bert." in n or "classifier" in n}, oscar/"pytorch_model.bin")
+    config = dict(dataset=dict(name="coco"), model={"name": "teran", "embed-size": width, "tern-layers": 2, "dropout": 0.1},
+                  training={"lr": 1e-5, "loss-type": "alignment", "loss-weights": [1], "alignment-mode": "MrSw", "measure": "dot"})
+    torch.save(dict(epoch=1, model=weights, opt=argparse.Namespace(max_seq_length=40, max_img_seq_length=20), config=config), folder/"checkpoint.pth.tar")
+    return model
+
+
+def convert(folder): return main(["convert", "--checkpoint", str(folder/"checkpoint.pth.tar"), "--oscar", str(folder/"oscar"), "--out", str(folder/"model")])
+
+
+@pytest.mark.parametrize("width, heads", [(40, 5), (1024, 16), (44, 11)])
+def test_a_checkpoint_of_any_width(tmp_path, scenes, capsys, width, heads):
+    "Neither our default of 12 heads nor any other default takes part: converted, encoded and evaluated by the commands."
+    original = write_original(tmp_path, scenes, width, heads)
+    assert convert(tmp_path) == 0, capsys.readouterr().err
+    model = load_model(tmp_path/"model")
+    assert (model.config.hidden_size, model.config.num_attention_heads) == (width, heads)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
+    assert main(["encode", "--model", str(tmp_path/"model"), "--data", str(scenes), "--split", "test", "--out", str(tmp_path/"e.safetensors")]) == 0
+    assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors")]) == 0
+    assert re.search(r"rsum \d", capsys.readouterr().out)
+
+
+def test_a_checkpoint_of_data_parallel(tmp_path, scenes):
+    original = write_original(tmp_path, scenes, 40, 5, prefix="module.")
+    assert convert(tmp_path) == 0
+    model = load_model(tmp_path/"model")
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, scenes, capsys, value):
+    name = authors_name("matching.layers.0.linear1.bias")
+    def spoil(weights):
+        weights[name] = weights[name].clone()
+        weights[name][3] = value
+    write_original(tmp_path, scenes, 40, 5, change=spoil)
+    assert convert(tmp_path) == 2 and not (tmp_path/"model").exists()
+    err = capsys.readouterr().err
+    assert name in err and "checkpoint.pth.tar" in err and "1 of 40" in err
+
+
+@pytest.mark.parametrize("key, value", [("num_attention_heads", 7), ("hidden_size", "40"), ("hidden_size", 42), ("num_hidden_layers", -1), ("vocab_size", 10**12), ("layer_norm_eps", "small"), ("hidden_act", 3)])
+def test_an_oscar_folder_that_does_not_fit(tmp_path, scenes, key, value):
+    write_original(tmp_path, scenes, 40, 5)
+    path = tmp_path/"oscar"/"config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    where = "hidden_size" if key == "num_attention_heads" else key
+    fails(lambda: AladinModel.from_original(tmp_path/"checkpoint.pth.tar", tmp_path/"oscar"), path, where)
+
+
+@pytest.mark.parametrize("change, where", [(dict(model={}), "tensors"), (dict(model=[1]), "tensors"), (dict(model={"a": 1}), "tensor a"), (dict(model={1: torch.zeros(1)}), "tensors"),
+                                           (dict(config=[1]), "config"), (dict(opt=argparse.Namespace(max_seq_length="long")), "opt.max_seq_length")])
+def test_a_checkpoint_of_another_content(tmp_path, scenes, change, where):
+    write_original(tmp_path, scenes, 40, 5)
+    path = tmp_path/"checkpoint.pth.tar"
+    torch.save(load_torch_file(path, allow=(argparse.Namespace,)) | change, path)
+    fails(lambda: AladinModel.from_original(path, tmp_path/"oscar"), path, where)
+
+
+def test_the_authors_files_do_not_state_the_heads(tmp_path):
+    (tmp_path/"theirs.yaml").write_text("dataset: {name: coco}\nmodel: {embed-size: 40}")
+    assert load_config(tmp_path/"theirs.yaml").model.hidden_size == 40
+
+
+# Bounds
+
+def every_number(group, prefix=""):
+    "Key, type and bounds of each number of the configuration."
+    hints = get_type_hints(type(group))
+    for f in fields(group):
+        value = getattr(group, f.name)
+        if is_dataclass(value): yield from every_number(value, f"{f.name}.")
+        elif hints[f.name] in (int, float): yield prefix + f.name, hints[f.name], f.metadata
+
+
+def nested(key, value):
+    group, _, name = key.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
+
+
+@pytest.mark.parametrize("key, kind, bounds", list(every_number(ExperimentConfig())), ids=lambda o: o if isinstance(o, str) else "")
+def test_every_number_has_bounds(key, kind, bounds):
+    "Just outside of each bound, and what is no number at all, is refused by its key."
+    outside = [bounds["ge"] - 1] if "ge" in bounds else [bounds["gt"]]
+    outside += [bounds["le"] + 1] if "le" in bounds else [bounds["lt"]] if "lt" in bounds else []
+    if kind is float: outside = [*map(float, outside), float("nan"), float("inf"), -float("inf")]
+    for value in [*outside, 10**400, True, "1", None, [1], {}]: fails(lambda: config_from_dict(nested(key, value), "own.yaml"), f"own.yaml: {key}: expected")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "", ".", "..", ".hidden", "a\0b", "a\nb", "x"*201, "a\\b"])
+def test_a_name_that_leads_elsewhere(name): fails(lambda: config_from_dict(dict(name=name), "own.yaml"), "own.yaml: name: expected")
+
+
+@pytest.mark.parametrize("text, where", [
+    ("grd_clip: 2\n3: x", "key 3"), ("training: {3: 1}", "key 3 in training"), ("loss: {terms: [[x]]}", "loss.terms"), ("loss: {weights: [[1.0]]}", "loss.weights"),
+    ("loss: {weights: {a: 1}}", "loss.weights"), ("loss: {measure: order}", "loss.measure"), ("training: {lr: .nan}", "training.lr"), ("[a, b]", "top level"),
+    ("training: {pretrain_losses: words}", "training.pretrain_losses"), ("a: &x [*x]", "a.0"), ("a: [", "line"), ("model: {clamp: [never]}", "model.clamp"),
+    ("dataset: {}\ntraining: {loss-type: 3}", "training.loss-type"), ("dataset: {}\ntraining: {measure: order}", "training.measure"), ("dataset: {}\ntraining: {bs: -1}", "training.bs"),
+    ("dataset: {}\ntraining: [1]", "training"), ("dataset: {}\nmodel: {name: [teran]}", "model.name"), ("dataset: {}\nmodel: {embed-size: 0}", "model.embed-size")])
+def test_a_configuration_that_does_not_fit(tmp_path, text, where):
+    (tmp_path/"own.yaml").write_text(text)
+    fails(lambda: load_config(tmp_path/"own.yaml"), tmp_path/"own.yaml", where)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path/"own.yaml").write_bytes(b"name: caf\xe9")
+    for read in (load_config, load_manifest, lambda p: experiment_config("alad-alignment-triplet", str(p))): fails(lambda: read(tmp_path/"own.yaml"), tmp_path/"own.yaml", "UTF-8")
+
+
+@pytest.mark.parametrize("text, where", [("base: own.yaml", "base"), ("base: [a]", "base"), ("base: scenez", "did you mean scenes"), ("all: [1]", "all"), ("all: {model: {hidden_size: [1]}}", "model.hidden_size"),
+                                         ("configurations: 3", "configurations"), ("configurations: {alad-alignment-triplet: 3}", "configurations.alad-alignment-triplet"), ("- a", "top level"),
+                                         ("configurations: {alad: {}}", "configurations.alad"), ("every: {}", "key every"), ("all: {training: {grad_clip: -1}}", "training.grad_clip"),
+                                         ("all: &a {model: *a}", "all.model"), ("3: {}", "key 3"), ('base: "\\0.yaml"', "base"), ("base: " + "x"*300 + ".yaml", "too long")])
+def test_settings_that_do_not_fit(tmp_path, monkeypatch, text, where):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"own.yaml").write_text(text)
+    fails(lambda: experiment_config("alad-alignment-triplet", "own.yaml"), where)
+
+
+def test_settings_in_a_circle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"a.yaml").write_text("base: b.yaml")
+    (tmp_path/"b.yaml").write_text("base: ./a.yaml")
+    fails(lambda: experiment_config("alad-alignment-triplet", "a.yaml"), "b.yaml", "base")
+
+
+def test_the_published_files_are_valid():
+    configurations, settings = (sorted(p.stem for p in (experiments_dir()/kind).glob("*.yaml")) for kind in ("configurations", "settings"))
+    assert configurations and settings
+    for configuration in configurations:
+        for name in ("", *settings): assert experiment_config(configuration, name).name == configuration
+
+
+@pytest.mark.parametrize("content", [dict(name="own", title=3), dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[3]),
+                                     dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[dict(path="../up")]), [1], {3: 1}])
+def test_a_manifest_that_does_not_fit(tmp_path, content):
+    (tmp_path/"own.yaml").write_text(yaml.safe_dump(content))
+    fails(lambda: load_manifest(tmp_path/"own.yaml"), tmp_path/"own.yaml")
+
+
+# Evaluation mode and devices
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, scenes):
+    "A converted model of width 40."
+    folder = tmp_path_factory.mktemp("tiny")
+    write_original(folder, scenes, 40, 5)
+    assert convert(folder) == 0
+    return folder/"model"
+
+
+def test_search_without_dropout(tiny):
+    "A model in training mode encodes a query alike each time, and stays in training mode."
+    from aladin.data import load_tokenizer
+    model = load_model(tiny).train()
+    encode = CaptionEncoder(model, load_tokenizer(tiny))
+    first, again = (encode(["a red fish"])[0] for _ in range(2))
+    assert torch.equal(first, again) and model.training and model.backbone.training
+
+
+def test_the_mode_comes_back_after_an_error(tiny):
+    model = load_model(tiny).train()
+    model.matching.eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(m.training for m in model.modules())
+        raise KeyError
+    assert model.training and model.backbone.training and not model.matching.training
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "graphics", "meta"])
+def test_a_device_that_is_not_there(monkeypatch, name):
+    if torch.cuda.device_count() > 3 or name == "cuda" and torch.cuda.is_available(): pytest.skip("this machine has it")
+    monkeypatch.setenv("ALADIN_DEVICE", name)
+    for ask in (select_device, default_device): fails(ask, "ALADIN_DEVICE", name, "cpu")
+
+
+def test_asking_for_a_device_changes_nothing(monkeypatch):
+    monkeypatch.setenv("ALADIN_DEVICE", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", None)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    assert select_device().type == "cuda"
+    assert before == (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
