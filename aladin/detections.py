@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .config import DataSettings
-from .files import InputError, atomic_dir, atomic_write
+from .files import InputError, atomic_dir, atomic_write, check_output_dir, read_json
 from .data import captions_file, open_split, read_captions
 from .model import hash_weights
 from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
@@ -433,10 +433,14 @@ def make_clip(
     layers:int=2, # of the transformer
     vocabulary:int=2000, # word pieces at most
     seed:int=0, # of the random weights
+    overwrite:bool=False, # replace a model that this function wrote?
 ):
-    "A small CLIP text model with random weights and its own byte-pair vocabulary, in the form that `transformers` loads."
+    """A small CLIP text model with random weights and its own byte-pair vocabulary, in the form that `transformers` loads.
+
+    Raises `InputError` for a folder with other files in it."""
     from tokenizers import trainers
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    check_replaceable(out, _MAKER, overwrite)
     special = ["<|startoftext|>", "<|endoftext|>"]
     letters = sorted(_bytes_as_text())
     learner = CLIPTokenizer(vocab={w: i for i,w in enumerate([*letters, *(c + "</w>" for c in letters), *special])}, merges=[]).backend_tokenizer
@@ -449,7 +453,8 @@ def make_clip(
                                 bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
         model = CLIPTextModelWithProjection(config)
         for table,spread in ((model.text_model.embeddings.token_embedding, .5), (model.text_model.embeddings.position_embedding, .1)): nn.init.normal_(table.weight, std=spread) # words outweigh what the layers add
-    with atomic_dir(out, overwrite=True) as part:
+    model.config.made_by = _MAKER
+    with atomic_dir(out, overwrite) as part:
         model.save_pretrained(part)
         CLIPTokenizer(vocab={w: i for i,w in enumerate(words)}, merges=merges).save_pretrained(part)
 
