@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'plain_unpickle', 'DeticShelve', 'convert_detections', 'unify_classes', 'suppress', 'confidence_statistics',
-           'merge_boxes', 'MergedRegions', 'tag_sentences', 'clip_tokens', 'ClipReader', 'make_clip', 'read_inputs',
-           'open_inputs']
+           'merge_boxes', 'MergedRegions', 'tag_sentences', 'check_replaceable', 'clip_tokens', 'ClipReader',
+           'make_clip', 'read_inputs', 'open_inputs']
 
 # %% ../nbs/14_detections.ipynb #995d4c68
 import dbm, hashlib, html, io, json, os, pickle, warnings
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .config import DataSettings
-from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file
+from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file, read_json
 from .data import captions_file, open_split, read_captions
 from .model import hash_weights
 from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
@@ -310,6 +310,25 @@ def tag_sentences(
     out = ["start of the sequence", *([sentence(n, c) for n,c in counts.items()] if aggregate else [sentence(n, 1) for n in names])]
     return out[:most] if most else out
 
+# %% ../nbs/14_detections.ipynb #1b382706
+_MAKER = "aladin.detections.make_clip"
+_MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+                "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
+
+def check_replaceable(
+    out, # the folder of a model to be made
+    maker:str, # the function that makes it, as noted in its config.json under made_by
+    overwrite:bool, # may a model of the same maker be replaced?
+):
+    "Refuse an output folder that holds anything but a model that `maker` wrote. Raises `InputError`."
+    check_output_dir(out, overwrite)
+    names = sorted(p.name for p in Path(out).iterdir()) if Path(out).exists() else []
+    if not names: return
+    wanted, fix = f"a folder that is empty, or a model that {maker} wrote", "choose another folder"
+    if other := [n for n in names if n not in _MODEL_FILES]: raise InputError(out, "output folder", wanted, f"other files: {', '.join(other[:5])}", fix)
+    config = read_json(Path(out)/"config.json") if "config.json" in names else None
+    if not isinstance(config, dict) or config.get("made_by") != maker: raise InputError(out, "output folder", wanted, "another model", fix)
+
 # %% ../nbs/14_detections.ipynb #09cc3c40
 class _Looked:
     "Rows of a table for each item: items share what they have in common."
@@ -452,10 +471,14 @@ def make_clip(
     layers:int=2, # of the transformer
     vocabulary:int=2000, # word pieces at most
     seed:int=0, # of the random weights
+    overwrite:bool=False, # replace a model that this function wrote?
 ):
-    "A small CLIP text model with random weights and its own byte-pair vocabulary, in the form that `transformers` loads."
+    """A small CLIP text model with random weights and its own byte-pair vocabulary, in the form that `transformers` loads.
+
+    Raises `InputError` for a folder with other files in it."""
     from tokenizers import trainers
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    check_replaceable(out, _MAKER, overwrite)
     special = ["<|startoftext|>", "<|endoftext|>"]
     letters = sorted(_bytes_as_text())
     learner = CLIPTokenizer(vocab={w: i for i,w in enumerate([*letters, *(c + "</w>" for c in letters), *special])}, merges=[]).backend_tokenizer
@@ -468,7 +491,8 @@ def make_clip(
                                 bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
         model = CLIPTextModelWithProjection(config)
         for table,spread in ((model.text_model.embeddings.token_embedding, .5), (model.text_model.embeddings.position_embedding, .1)): nn.init.normal_(table.weight, std=spread) # words outweigh what the layers add
-    with atomic_dir(out, overwrite=True) as part:
+    model.config.made_by = _MAKER
+    with atomic_dir(out, overwrite) as part:
         model.save_pretrained(part)
         CLIPTokenizer(vocab={w: i for i,w in enumerate(words)}, merges=merges).save_pretrained(part)
 

@@ -6,15 +6,13 @@
 __all__ = ['picture_finder', 'search_page']
 
 # %% ../nbs/13_search_page.ipynb #5938f497
-import base64, io
 from html import escape
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .files import InputError, atomic_write, read_json
-from .plots import find_picture
+from .files import InputError, atomic_write
+from .picture_files import Pictures, data_url, thumbnail
 from .search import Hit
 
 # %% ../nbs/13_search_page.ipynb #0d716195
@@ -22,23 +20,15 @@ def picture_finder(
     folder, # data folder of `aladin extract` (pictures.json), or one with the pictures named by their ids
 ): # image id -> path, or None
     "Where the picture of an image lies."
-    about = Path(folder)/"pictures.json"
-    if not about.exists(): return lambda image_id: find_picture(folder, image_id)
-    known = read_json(about)
-    def find(image_id):
-        path = Path(known["folder"])/known["files"].get(image_id, "")
-        return path if path.is_file() else None
-    return find
+    return Pictures(folder).find
 
 def _inline(path, side=420):
-    "A picture, upright and reduced, as the address of an <img>; a grey square without one."
+    "The address of an <img> for a picture, and what is wrong with it; a grey square for one that is not there."
     try:
-        with Image.open(path) as p: picture = ImageOps.exif_transpose(p).convert("RGB")
-    except (OSError, AttributeError): picture = Image.new("RGB", (side, side), (222, 222, 222))
-    picture.thumbnail((side, side))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+        if path is not None: return thumbnail(path, side, "JPEG").url, ""
+        problem = "no picture"
+    except InputError as e: problem = f"{e.path}: {e.found}"
+    return data_url(Image.new("RGB", (side, side), (222, 222, 222)), "JPEG"), problem
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000") # told apart by colour-blind readers
 
@@ -46,7 +36,7 @@ def _box(box, number, colour):
     x1,y1,x2,y2 = np.clip(box, 0, 1)*100
     return f'<span class="box" data-word="{number}" style="left:{x1:.1f}%;top:{y1:.1f}%;width:{x2-x1:.1f}%;height:{y2-y1:.1f}%;border-color:{colour}"></span>'
 
-def _figure(picture, alignment):
+def _figure(picture, alignment, problem=""):
     "A picture with the best region of each word, and the words under it."
     best = list(enumerate(alignment.best())) if alignment else []
     colour = lambda n: _COLOURS[n % len(_COLOURS)]
@@ -54,21 +44,26 @@ def _figure(picture, alignment):
     def word(n, text, region, cosine):
         tag = f"{alignment.tags[region]}, " if alignment.tags else ""
         return f'<button data-word="{n}" style="border-color:{colour(n) if cosine > 0 else "#ddd"}">{escape(text)} <small>{escape(tag)}{cosine:.2f}</small></button>'
-    return f'<div class="picture"><img src="{picture}" alt="">{boxes}</div><p class="words">{"".join(word(n, *o) for n,o in best)}</p>'
+    note = f'<p class="note">{escape(problem)}</p>' if problem else ""
+    return f'<div class="picture"><img src="{picture}" alt="">{boxes}</div>{note}<p class="words">{"".join(word(n, *o) for n,o in best)}</p>'
 
 _STYLE = """body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}h2{font-weight:600;margin-top:2em}
 .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(20em,1fr));gap:1.5em}.hit{border:1px solid #ddd;border-radius:6px;padding:.8em}
 .picture{position:relative;line-height:0}.picture img{width:100%}.box{position:absolute;border:2px solid;box-sizing:border-box;opacity:.55;pointer-events:none}
 .chosen .box{opacity:0}.chosen .box.on{opacity:1;border-width:4px;background:rgba(255,255,255,.18)}.words{margin:.6em 0 0}
-button{font:inherit;margin:0 .3em .3em 0;border:2px solid;border-radius:4px;background:#fff;cursor:pointer}small{color:#666}.score{color:#666;margin:.2em 0 .6em}"""
+button{font:inherit;margin:0 .3em .3em 0;border:2px solid;border-radius:4px;background:#fff;cursor:pointer}small{color:#666}.note{color:#666;margin:.4em 0 0}.score{color:#666;margin:.2em 0 .6em}"""
 _SCRIPT = """document.querySelectorAll('.hit').forEach(hit => hit.querySelectorAll('button').forEach(b => {
   const show = on => { hit.classList.toggle('chosen', on); hit.querySelectorAll('.box').forEach(o => o.classList.toggle('on', on && o.dataset.word === b.dataset.word)); };
   b.addEventListener('mouseenter', () => show(true)); b.addEventListener('mouseleave', () => show(false));
   b.addEventListener('focus', () => show(true)); b.addEventListener('blur', () => show(false)); }));"""
 
 def _entry(rank, hit, find):
+    "One answer: its picture with the words' regions, or its caption."
     about = f"{rank}. {escape(hit.text)}" if hit.text else f"{rank}. image {escape(hit.id)}"
-    return f'<div class="hit"><strong>{about}</strong><div class="score">score {hit.score:.3f}, matching {hit.matching:.3f}</div>{_figure(_inline(find(hit.image_id)), hit.alignment) if not hit.text else ""}</div>'
+    score = f'<div class="score">score {hit.score:.3f}, matching {hit.matching:.3f}</div>'
+    if hit.text: return f'<div class="hit"><strong>{about}</strong>{score}</div>'
+    picture, problem = _inline(find(hit.image_id))
+    return f'<div class="hit"><strong>{about}</strong>{score}{_figure(picture, hit.alignment, problem)}</div>'
 
 def search_page(
     path, # .html file to write
