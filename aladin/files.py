@@ -297,8 +297,9 @@ def locked(
         os.ftruncate(handle, os.pwrite(handle, text, 0))
         yield Lock(handle, before)
     finally:
-        if own: path.unlink(missing_ok=True)
-        os.close(handle)
+        try:
+            if own: path.unlink(missing_ok=True)
+        finally: os.close(handle)
 
 # %% ../nbs/00_files.ipynb #696e5858
 _MAGIC = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"PK\x03\x04": "a zip archive, such as .npz or .pt",
