@@ -372,9 +372,16 @@ def read_json(
     path, # the file to read
     what:str="a JSON file", # what it should be, for messages
 ):
-    "Read a JSON file. Raises `InputError` when it is missing, is not JSON, or is nested too deeply."
+    "Read a JSON file. Raises `InputError` when it is missing, is not JSON, repeats a key, or is nested too deeply."
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) == len(pairs): return value
+        keys = [k for k, _ in pairs]
+        twice = next(k for k in value if keys.count(k) > 1)
+        raise InputError(path, f"key {twice!r}", "each key once in an object", "it stands twice", "remove one of them")
     text = read_text(path, what)
-    try: return json.loads(text)
+    try: return json.loads(text, object_pairs_hook=unique)
+    except InputError: raise
     except json.JSONDecodeError as e: raise InputError(path, f"line {e.lineno}", what, f"{describe_format(path)}, {e.msg}", "write the file again") from None
     except (RecursionError, ValueError) as e: raise InputError(path, "file", what, f"{type(e).__name__}: {e}", "write the file again") from None
 

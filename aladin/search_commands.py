@@ -6,7 +6,7 @@
 __all__ = ['open_index', 'add_search_commands']
 
 # %% ../nbs/14_search_commands.ipynb #2af9bac7
-import json, sys
+import itertools, json, os, sys
 from pathlib import Path
 
 from .files import InputError, read_json, write_json
@@ -103,30 +103,61 @@ def _as_json(asked, hits, find):
     "One line of --json."
     rows = [dict(id=h.id, image_id=h.image_id, score=h.score, matching=h.matching, text=h.text, picture=str(p) if (p := find(h.image_id)) else None,
                  words=[dict(word=w, box=h.alignment.boxes[r].tolist(), tag=h.alignment.tags and h.alignment.tags[r], cosine=c) for w,r,c in h.alignment.best()] if h.alignment else None) for h in hits]
-    return json.dumps(dict(query=asked, hits=rows), ensure_ascii=False)
+    return _line(dict(query=asked, hits=rows))
+
+def _line(value):
+    "JSON on one line, in ASCII where the terminal knows no other letters."
+    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
 
 def _print_hits(asked, hits, a, find):
     if a.json: return print(_as_json(asked, hits, find), flush=True)
     print(f"{asked}\n{'':>4}{'score':>8}{'matching':>10}  " + ("caption" if a.image else f"{'image':24}words"))
     for rank,h in enumerate(hits, 1): print(f"{rank:>4}{h.score:8.3f}{h.matching:10.3f}  " + (h.text if h.text is not None else f"{h.id:24}{_words(h)}"), flush=True)
 
+def _queries(texts):
+    "Each query of the command line, or of standard input line by line; an `InputError` in place of one that cannot be read."
+    source = getattr(sys.stdin, "buffer", sys.stdin) if not texts else texts
+    for number, text in enumerate(source, 1):
+        where = f"query {number}"
+        try:
+            if isinstance(text, str): text = os.fsencode(text) # bytes that the terminal's encoding does not know
+            text = text.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeError: yield InputError("aladin search", where, "text in UTF-8", "another encoding", "save the queries as UTF-8")
+        else:
+            if text.strip(): yield text.strip()
+            elif texts: yield InputError("aladin search", where, "some words", "an empty query", "say what the picture shows")
+            else: print(f"aladin search: line {number} of the queries is empty and is skipped", file=sys.stderr)
+
 def _answers(index, a):
-    "What was asked and the hits, one after the other."
-    if a.image: yield from ((f"image {i}", index.search_captions(i, a.k, a.rerank)) for i in a.image)
-    else: yield from ((t.strip(), index.search(t.strip(), a.k, a.rerank, explain=True)) for t in a.text or sys.stdin if t.strip())
+    "What was asked and the hits, or an `InputError` in their place, one after the other."
+    asked = [f"image {i}" for i in a.image] if a.image else _queries(a.text)
+    for query, image in zip(asked, a.image or itertools.repeat(None)):
+        if isinstance(query, InputError): yield "", query; continue
+        try: yield query, index.search(query, a.k, a.rerank, explain=True) if image is None else index.search_captions(image, a.k, a.rerank)
+        except InputError as e: yield query, e
+
+def _report(asked, problem, a):
+    "Say why a query has no answer; with --json there is a line for each query."
+    print(f"aladin search: {problem}", file=sys.stderr)
+    if a.json: print(_line(dict(query=asked, hits=[], error=str(problem))), flush=True)
 
 def _search(a):
     from aladin.search_page import picture_finder, search_page
     if a.json and a.show: raise InputError("aladin search", "options", "--json or --show", "both", "leave one out")
-    index,shown = open_index(a.index, a.model),[]
+    index,shown,problems = open_index(a.index, a.model),[],0
     find = picture_finder(a.pictures or index.info.get("data", "."))
     for asked,hits in _answers(index, a):
+        if isinstance(hits, InputError):
+            _report(asked, hits, a)
+            problems += 1
+            continue
         _print_hits(asked, hits, a, find)
         if a.show: shown.append((asked, hits))
-    if a.show:
+    if a.show and shown:
         search_page(a.show, shown, find)
         print(a.show)
     index.close()
+    return 2 if problems else 0
 
 # %% ../nbs/14_search_commands.ipynb #188d3b85
 def add_search_commands(
