@@ -7,24 +7,42 @@ __all__ = ['open_index', 'add_search_commands']
 
 # %% ../nbs/14_search_commands.ipynb #2af9bac7
 import itertools, json, os, sys
+from dataclasses import replace
 from pathlib import Path
 
 from .files import InputError, read_json, write_json
 
 # %% ../nbs/14_search_commands.ipynb #1377eeec
-def _pictures_of(data, model, tokenizer, split, keys, features):
+def _pictures_of(data, model, tokenizer, split, keys, features, every_caption=False):
     "The pictures of a data folder: those of a split, or all that have regions, with the captions there are."
-    from aladin.data import RetrievalSet, read_captions
+    from aladin.data import RetrievalSet, captions_left_out, report
     from aladin.detections import open_inputs, read_inputs
     from aladin.regions import open_regions
     from aladin.search import model_settings
     data,settings = Path(data),model_settings(model)
-    if split or keys: return open_inputs(data, split or "test", tokenizer, settings, keys, features)
+    if every_caption: settings = replace(settings, captions_per_image=_ALL)
+    if split or keys is not None: return open_inputs(data, split or "test", tokenizer, settings, keys, features)
     fast = open_regions(features or (data/"regions" if (data/"regions").is_dir() else data))
-    files = [p for s in ("train", "minival", "test") for p in (data/f"{s}_captions.json", data/f"{s}_captions.pt") if p.exists()]
-    told = {i: texts for p in files for i,texts in read_captions(p).items()}
+    told = _all_captions(data)
+    if apart := [i for i in told if i not in fast]:
+        names = ", ".join(apart[:20]) + " ..."*(len(apart) > 20)
+        report(f"{data}: {len(apart)} images with captions have no regions and are left out: {names}")
     regions,clip = read_inputs(data, fast.ids, settings, fast)
-    return RetrievalSet(regions, {i: told.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}, tokenizer, settings, data, clip)
+    captions = {i: told.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}
+    pictures = RetrievalSet(regions, captions, tokenizer, settings, data, clip)
+    if left_out := captions_left_out(pictures): report(f"{data}: {left_out}")
+    return pictures
+
+_ALL = 2**31 - 1 # captions of an image
+
+def _all_captions(data):
+    "The captions of every split; those of an image that is in several stand one after the other, equal ones once."
+    from aladin.data import read_captions
+    captions = {}
+    for path in (data/f"{split}_captions.{end}" for split in ("train", "minival", "test") for end in ("json", "pt")):
+        for image,texts in (read_captions(path) if path.exists() else {}).items():
+            captions[image] = list(dict.fromkeys(captions.get(image, []) + texts)) if image in captions else texts
+    return captions
 
 def _clip_of(model_folder, data):
     "What reads the captions of a model that leaves them to CLIP."
@@ -56,7 +74,8 @@ def _built_index(a):
     from aladin.search import SearchIndex
     if not a.model or not a.data: raise InputError("aladin index", "options", "--model and --data", "one of them missing", "name both, or --delete image ids of an index that is there")
     model,tokenizer = load_model(a.model).to(default_device()),load_tokenizer(a.model)
-    index = SearchIndex.build(model, _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features), a.out, a.engine, a.approximate, a.batch_size)
+    pictures = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features, every_caption=True)
+    index = SearchIndex.build(model, pictures, a.out, a.engine, a.approximate, a.batch_size)
     write_json(index.folder/"index.json", index.info | dict(model_folder=str(Path(a.model).resolve()), data=str(Path(a.data).resolve())))
     return index
 
