@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'load_torch_file', 'read_captions', 'check_keys', 'read_keys', 'captions_file', 'load_tokenizer',
            'build_vocabulary', 'tokenize', 'cached_tokens', 'send', 'Ragged', 'read_ahead', 'ImageBatch',
-           'RetrievalSet', 'report', 'captions_left_out', 'open_split', 'training_batches']
+           'RetrievalSet', 'captions_left_out', 'open_split', 'training_batches']
 
 # %% ../nbs/04_data.ipynb #c74aa505
 import hashlib, json, os, pickle, sys
@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from .config import DataSettings
-from .files import InputError, atomic_write, describe_format, read_json, read_text
-from .regions import open_regions
+from .files import InputError, atomic_write, describe_format, read_json, read_text, report
+from .regions import RegionStore, TsvRegions, open_regions, report_empty
 
 # %% ../nbs/04_data.ipynb #6372d191
 def load_torch_file(
@@ -388,13 +388,6 @@ class RetrievalSet:
         "Word pieces of some captions, or CLIP's vectors of them."
         return Ragged.stack([self.caption_inputs[r] for r in rows])
 
-# %% ../nbs/04_data.ipynb #16dad51b
-def report(
-    message:str, # one line
-):
-    "Print a line for the user to stderr; of several processes that train together the first one does."
-    if os.environ.get("RANK", "0") == "0": print(f"aladin: {message}", file=sys.stderr)
-
 # %% ../nbs/04_data.ipynb #16dad51c
 def captions_left_out(
     data:RetrievalSet, # an opened split
@@ -436,7 +429,9 @@ def open_split(
     if keys is not None: captions,path = _chosen(data, split, keys, captions, path)
     if features is None: features = Path(data)/"regions" if (Path(data)/"regions").is_dir() else data
     regions = open_regions(features) if isinstance(features, (str, Path)) else features
-    captions = {k: v for k,v in captions.items() if k not in getattr(regions, "empty", ())} # those a detector found nothing in
+    empty = set(getattr(regions, "empty", ())) & set(captions)
+    if isinstance(regions, (RegionStore, TsvRegions)): report_empty(path, sorted(empty)) # others have reported theirs
+    captions = {k: v for k,v in captions.items() if k not in empty}
     cache = Path(data)/"tokens" if (Path(data)/"prepared.json").exists() else None
     opened = RetrievalSet(regions, captions, tokenizer, settings, path, clip, cache)
     if left_out := captions_left_out(opened): report(f"{path}: {left_out}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
-           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked',
+           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked', 'report',
            'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml']
 
 # %% ../nbs/00_files.ipynb #c1a71117
@@ -300,6 +300,13 @@ def locked(
         try:
             if own: path.unlink(missing_ok=True)
         finally: os.close(handle)
+
+# %% ../nbs/00_files.ipynb #16dad51b
+def report(
+    message:str, # one line
+):
+    "Print a line for the user to stderr; of several processes that train together the first one does."
+    if os.environ.get("RANK", "0") == "0": print(f"aladin: {message}", file=sys.stderr)
 
 # %% ../nbs/00_files.ipynb #696e5858
 _MAGIC = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"PK\x03\x04": "a zip archive, such as .npz or .pt",

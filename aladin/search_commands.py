@@ -67,6 +67,16 @@ def _extract(a):
     store = extract(a.images, Detector(a.detector, a.threshold, a.least, a.most), a.out, a.captions, a.dtype, a.batch_size, a.seed or 0)
     print(f"{a.out}: {len(store)} pictures, {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
 
+def _vanished(index, pictures, a):
+    "Report the pictures of an index that the data folder no longer has; with --prune remove them."
+    from aladin.files import report
+    there = set(pictures.image_ids)
+    gone = [i for i in index.image_ids() if i not in there]
+    if not gone: return
+    if a.prune: index.delete(gone)
+    what = "were removed" if a.prune else "remove them with --prune"
+    report(f"{len(gone)} pictures of the index are not in {a.data}: {', '.join(gone[:20])}{' ...'*(len(gone) > 20)}; {what}")
+
 def _built_index(a):
     "An index made, or gone on with, as the options say."
     from aladin.data import load_tokenizer
@@ -75,7 +85,9 @@ def _built_index(a):
     if not a.model or not a.data: raise InputError("aladin index", "options", "--model and --data", "one of them missing", "name both, or --delete image ids of an index that is there")
     model,tokenizer = load_model(a.model).to(default_device()),load_tokenizer(a.model)
     pictures = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features, every_caption=True)
+    if a.prune and (a.split or a.keys): raise InputError("aladin index", "options", "--prune without --split and --keys, which choose some pictures", "both", "leave one out")
     index = SearchIndex.build(model, pictures, a.out, a.engine, a.approximate, a.batch_size)
+    if not a.split and not a.keys: _vanished(index, pictures, a)
     write_json(index.folder/"index.json", index.info | dict(model_folder=str(Path(a.model).resolve()), data=str(Path(a.data).resolve())))
     return index
 
@@ -161,8 +173,9 @@ def _report(asked, problem, a):
     if a.json: print(_line(dict(query=asked, hits=[], error=str(problem))), flush=True)
 
 def _search(a):
-    from aladin.search_page import picture_finder, search_page
+    from aladin.search_page import check_page, picture_finder, search_page
     if a.json and a.show: raise InputError("aladin search", "options", "--json or --show", "both", "leave one out")
+    if a.show: check_page(a.show)
     index,shown,problems = open_index(a.index, a.model),[],0
     find = picture_finder(a.pictures or index.info.get("data", "."))
     for asked,hits in _answers(index, a):
@@ -200,6 +213,7 @@ def add_search_commands(
     p.add_argument("--split", choices=("train", "minival", "test"), help="only this split (default: every picture that has regions)")
     p.add_argument("--engine", help="exact: compared in memory; milvus: a file in the index's folder; or the address of a Milvus server, its token in ALADIN_MILVUS_TOKEN (default: exact, or the one that an index has)")
     p.add_argument("--approximate", action="store_true", help="Milvus only: search a graph instead of every vector, for millions of pictures")
+    p.add_argument("--prune", action="store_true", help="remove the pictures of the index that the data folder no longer has")
     p.add_argument("--delete", nargs="+", metavar="ID", help="take these pictures out of the index")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: 64)")
     options(p, "features", "keys", "out")
