@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'load_torch_file', 'read_captions', 'read_keys', 'captions_file', 'load_tokenizer', 'build_vocabulary',
-           'tokenize', 'cached_tokens', 'send', 'Ragged', 'read_ahead', 'ImageBatch', 'RetrievalSet', 'open_split',
-           'training_batches']
+           'tokenize', 'cached_tokens', 'send', 'Ragged', 'read_ahead', 'ImageBatch', 'RetrievalSet',
+           'captions_with_regions', 'open_split', 'training_batches']
 
 # %% ../nbs/04_data.ipynb #c74aa505
 import hashlib, json, pickle
@@ -25,7 +25,7 @@ from transformers import BertTokenizer
 
 from .config import DataSettings
 from .files import InputError, atomic_write, read_json
-from .regions import open_regions
+from .regions import open_regions, warn_left_out
 
 # %% ../nbs/04_data.ipynb #6372d191
 def load_torch_file(
@@ -331,6 +331,17 @@ class RetrievalSet:
         "Word pieces of some captions, or CLIP's vectors of them."
         return Ragged.stack([self.caption_inputs[r] for r in rows])
 
+# %% ../nbs/04_data.ipynb #567ab384
+def captions_with_regions(
+    captions:dict, # image id -> captions
+    regions, # TsvRegions, RegionStore or MergedRegions
+    path, # where the captions come from, for the report
+)->dict: # image id -> captions
+    "The captions of the images in which the detector found something. The others are reported in one line."
+    empty = set(getattr(regions, "empty", ()))
+    warn_left_out([i for i in captions if i in empty], f"regions, named by {path},")
+    return {i: texts for i,texts in captions.items() if i not in empty}
+
 # %% ../nbs/04_data.ipynb #16dad51d
 def open_split(
     data, # folder with the caption and key files
@@ -355,7 +366,7 @@ def open_split(
         captions = {k: captions[k] for k in wanted}
     if features is None: features = Path(data)/"regions" if (Path(data)/"regions").is_dir() else data
     regions = open_regions(features) if isinstance(features, (str, Path)) else features
-    captions = {k: v for k,v in captions.items() if k not in getattr(regions, "empty", ())} # those a detector found nothing in
+    captions = captions_with_regions(captions, regions, path)
     return RetrievalSet(regions, captions, tokenizer, settings, path, clip, Path(data)/"tokens" if (Path(data)/"prepared.json").exists() else None)
 
 # %% ../nbs/04_data.ipynb #ad3584f4

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'plain_unpickle', 'DeticShelve', 'convert_detections', 'un
            'make_clip', 'read_inputs', 'open_inputs']
 
 # %% ../nbs/14_detections.ipynb #995d4c68
-import dbm, hashlib, html, io, json, os, pickle, warnings
+import dbm, hashlib, html, io, json, os, pickle
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from .config import DataSettings
 from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file, read_json
 from .data import captions_file, open_split, read_captions
 from .model import hash_weights
-from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
+from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry, warn_left_out
 
 # %% ../nbs/14_detections.ipynb #8633957a
 def _array(kind, shape, typecode):
@@ -129,9 +129,6 @@ class DeticShelve(Regions):
         for a in self.detections.arrays().values(): digest.update(np.ascontiguousarray(a))
         return digest.hexdigest()[:16]
 
-def _warn_dropped(ids, what):
-    if ids: warnings.warn(f"{len(ids)} images without {what} are left out: {', '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}", stacklevel=3)
-
 def convert_detections(
     path, # the shelve's name, without .dat, .dir or .db
     out, # the store's folder, to be made
@@ -142,7 +139,7 @@ def convert_detections(
     "Detic's shelve as a `RegionStore`; images without detections are left out with a warning that names them. Raises `InputError` for a file that could run code."
     check_output_dir(out, overwrite, "store.json")
     source = DeticShelve(path, progress)
-    _warn_dropped(source.empty, "Detic detections")
+    warn_left_out(source.empty, f"detections in {path}")
     with atomic_dir(out, overwrite, "store.json") as part: _write_store(source, part, np.dtype(dtype), progress)
     return RegionStore(out)
 
@@ -229,7 +226,6 @@ class MergedRegions(Regions):
         both = source.startswith("det+fast")
         self.ids = [i for i in ids if any(i in o for o in needed.values() if o is not None) and (not both or i in fast)]
         self.empty = set(ids) - set(self.ids)
-        _warn_dropped([i for i in ids if i in self.empty], "detections")
         self.detic_dim = detic.dim if source in ("det_padded", "det+fast") else 0
         padded = width or (fast.dim if fast is not None else 2054)
         self._start = 0 if padded > self.detic_dim else self.detic_dim

@@ -14,7 +14,7 @@ from .files import InputError, read_json, write_json
 # %% ../nbs/14_search_commands.ipynb #1377eeec
 def _pictures_of(data, model, tokenizer, split, keys, features):
     "The pictures of a data folder: those of a split, or all that have regions, with the captions there are."
-    from aladin.data import RetrievalSet, read_captions
+    from aladin.data import RetrievalSet, captions_with_regions, read_captions
     from aladin.detections import open_inputs, read_inputs
     from aladin.regions import open_regions
     from aladin.search import model_settings
@@ -23,8 +23,10 @@ def _pictures_of(data, model, tokenizer, split, keys, features):
     fast = open_regions(features or (data/"regions" if (data/"regions").is_dir() else data))
     files = [p for s in ("train", "minival", "test") for p in (data/f"{s}_captions.json", data/f"{s}_captions.pt") if p.exists()]
     told = {i: texts for p in files for i,texts in read_captions(p).items()}
-    regions,clip = read_inputs(data, fast.ids, settings, fast)
-    return RetrievalSet(regions, {i: told.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}, tokenizer, settings, data, clip)
+    ids = [*fast.ids, *fast.empty]
+    regions,clip = read_inputs(data, ids, settings, fast)
+    captions = captions_with_regions({i: told.get(i, []) for i in ids}, regions, data)
+    return RetrievalSet(regions, captions, tokenizer, settings, data, clip)
 
 def _clip_of(model_folder, data):
     "What reads the captions of a model that leaves them to CLIP."
