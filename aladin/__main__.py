@@ -6,24 +6,8 @@
 __all__ = []
 
 # %% ../nbs/16_main.ipynb #81c38b76
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
-#| eval: false
 import sys
 
 from .cli import main
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main()) # under python -m, not in a notebook

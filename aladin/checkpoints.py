@@ -7,7 +7,7 @@ __all__ = ['read_checkpoint', 'Checkpoints', 'read_about', 'training_tensors', '
            'set_random_states', 'differences', 'check_same']
 
 # %% ../nbs/09_checkpoints.ipynb #dc22bb07
-import json, random
+import errno, json, random
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ def _write(path, tensors, about):
     "One file, whole or not at all; an `InputError` tells of a full disk."
     try:
         with atomic_write(path) as part: save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, part, metadata=dict(format=_FORMAT, about=json.dumps(about)))
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         need = sum(v.numel()*v.element_size() for v in tensors.values())/2**20
         raise InputError(path, "checkpoint", f"room for {need:.0f} MiB", str(e), "make room and resume: the checkpoints before this one are whole") from None
 

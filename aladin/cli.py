@@ -52,7 +52,7 @@ def _lengths(a):
 def _make_clip(a):
     from aladin.data import captions_file, read_captions
     from aladin.detections import make_clip
-    make_clip(a.out, [c for texts in read_captions(captions_file(a.data, "train")).values() for c in texts], a.dim, a.layers, seed=a.seed or 0)
+    make_clip(a.out, [c for texts in read_captions(captions_file(a.data, "train")).values() for c in texts], a.dim, a.layers, seed=a.seed or 0, overwrite=a.force)
     print(f"{a.out}: a CLIP text model of width {a.dim}, {a.layers} layers, with random weights")
 
 def _settings_of(model, a):
@@ -247,6 +247,7 @@ def make_parser()->argparse.ArgumentParser:
     p = command(_make_clip, "make a small CLIP text model with random weights, its word pieces learnt from the training captions", "  aladin make-clip --data flickr8k --out models/small_clip\n  (a trained one: any CLIP text model in the form of transformers, named as data.clip in the settings)")
     p.add_argument("--dim", type=int, default=64, help="width of its vectors (default: 64)")
     p.add_argument("--layers", type=int, default=2, help="layers (default: 2)")
+    p.add_argument("--force", action="store_true", help="replace a model that make-clip wrote")
     _options(p, "data", "out", "seed")
     p = command(_train, "train one configuration on a prepared folder; under torchrun or accelerate launch in several processes", "  aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher\n  the same with --resume auto goes on after a kill, to the same end\n  torchrun --nproc-per-node 4 --no-python aladin train --configuration alad-alignment-triplet --data runs/coco --out runs/teacher")
     p.add_argument("--configuration", required=True, help="name of a configuration, or a YAML file (ours or the authors')")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .config import DataSettings
 from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file, read_json
-from .data import captions_file, open_split, read_captions
+from .data import captions_file, open_split, read_captions, report
 from .model import hash_weights
-from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry, warn_left_out
+from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
 
 # %% ../nbs/14_detections.ipynb #8633957a
 def _array(kind, shape, typecode):
@@ -129,6 +129,11 @@ class DeticShelve(Regions):
         for a in self.detections.arrays().values(): digest.update(np.ascontiguousarray(a))
         return digest.hexdigest()[:16]
 
+def _report_dropped(ids, what):
+    "Report the images that are left out, the first twenty by name."
+    names = ", ".join(ids[:20]) + " ..."*(len(ids) > 20)
+    if ids: report(f"{len(ids)} images without {what} are left out: {names}")
+
 def convert_detections(
     path, # the shelve's name, without .dat, .dir or .db
     out, # the store's folder, to be made
@@ -136,10 +141,12 @@ def convert_detections(
     overwrite:bool=False, # replace a store that is already there?
     progress:bool=True, # show progress bars
 )->RegionStore:
-    "Detic's shelve as a `RegionStore`; images without detections are left out with a warning that names them. Raises `InputError` for a file that could run code."
+    """Detic's shelve as a `RegionStore`; images without detections are left out and reported.
+
+    Raises `InputError` for a file that could run code."""
     check_output_dir(out, overwrite, "store.json")
     source = DeticShelve(path, progress)
-    warn_left_out(source.empty, f"detections in {path}")
+    _report_dropped(source.empty, "Detic detections")
     with atomic_dir(out, overwrite, "store.json") as part: _write_store(source, part, np.dtype(dtype), progress)
     return RegionStore(out)
 
@@ -226,6 +233,7 @@ class MergedRegions(Regions):
         both = source.startswith("det+fast")
         self.ids = [i for i in ids if any(i in o for o in needed.values() if o is not None) and (not both or i in fast)]
         self.empty = set(ids) - set(self.ids)
+        _report_dropped([i for i in ids if i in self.empty], "detections")
         self.detic_dim = detic.dim if source in ("det_padded", "det+fast") else 0
         padded = width or (fast.dim if fast is not None else 2054)
         self._start = 0 if padded > self.detic_dim else self.detic_dim

@@ -8,8 +8,10 @@ __all__ = ['Embeddings', 'encode_split', 'save_embeddings', 'load_embeddings', '
 
 # %% ../nbs/10_embeddings.ipynb #7e1ff671
 import hashlib, json, os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .config import Aggregation
 from .files import InputError, atomic_write, describe_format, locked, read_json, reserve, sync, write_json
 from .data import READERS, Ragged, RetrievalSet, read_ahead
 from .heads import alignment_scores
@@ -43,11 +46,14 @@ class Embeddings:
     def subset(self,
         image_ids:list, # the images to keep, in this order
     ):
-        "Some images with their captions."
+        "Some images with their captions. Raises `InputError` for ids that are not there or stand twice."
         row = {k: i for i,k in enumerate(self.image_ids)}
         if not image_ids: raise InputError("embeddings", "images", "at least one image id", "none", "check the key file")
         absent = [k for k in image_ids if k not in row]
         if absent: raise InputError("embeddings", f"image {absent[0]}", "an encoded image", f"{len(absent)} ids that are not in the file", "encode with these keys")
+        if twice := _repeated(image_ids):
+            found = f"{len(twice)} repeated ids"
+            raise InputError("embeddings", f"image {twice[0]}", "each image once", found, "remove the repeated ids")
         images,owner = torch.tensor([row[k] for k in image_ids]),self.caption_image.cpu()
         captions = [torch.nonzero(owner == i)[:, 0] for i in images]
         owner,captions = torch.repeat_interleave(torch.arange(len(images)), torch.tensor([len(o) for o in captions])),torch.cat(captions)
@@ -116,7 +122,7 @@ def encode_split(
 def _id_numbers(image_ids):
     "Ids as int64 where they are numbers, else counted: the names stand in the metadata."
     numeric = all(o.isascii() and o.isdecimal() and len(o) < 19 for o in image_ids)
-    return torch.tensor([int(o) for o in image_ids]) if numeric else torch.arange(len(image_ids))
+    return torch.tensor([int(o) for o in image_ids], dtype=torch.int64) if numeric else torch.arange(len(image_ids))
 
 _FORMAT = "aladin-embeddings"
 
@@ -132,21 +138,117 @@ def save_embeddings(
                    words=e.words.values, word_offsets=e.words.offsets, caption_image=e.caption_image.long(), image_ids=_id_numbers(e.image_ids))
     with atomic_write(path) as part: save_file({k: v.contiguous() for k,v in tensors.items()}, part, metadata=_metadata(e.image_ids, e.aggregation, e.clamp))
 
-def load_embeddings(
-    path, # a file of `save_embeddings`
-)->Embeddings:
-    "Read an embedding file; raises `InputError` for a missing, truncated or foreign one."
-    if not Path(path).exists(): raise InputError(path, "file", "an embedding file", "nothing there", "make it with aladin encode")
+# %% ../nbs/10_embeddings.ipynb #350dc9e6
+_TENSORS = dict(image_matching=2, caption_matching=2, regions=2, region_offsets=1, words=2, word_offsets=1, # dimensions
+                caption_image=1, image_ids=1)
+
+def _damaged(path, where, expected, found):
+    "The error of an embedding file that does not fit together."
+    return InputError(path, where, expected, found, "make it again with aladin encode")
+
+def _read_tensors(path):
+    "Metadata and tensors of an embedding file, mapped, each of the right number of dimensions."
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "file", "an embedding file", describe_format(path), "make it with aladin encode")
     try:
         with safe_open(path, framework="pt") as f:
-            meta,t = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise InputError(path, "file", "a whole safetensors file", str(e), "make it again with aladin encode") from None
-    names = "image_matching caption_matching regions region_offsets words word_offsets caption_image image_ids".split()
-    absent = [n for n in names if n not in t]
-    if absent: raise InputError(path, f"tensor {absent[0]}", "the tensors of an embedding file", f"only {sorted(t)}", "make it with aladin encode")
-    ids = json.loads(meta["image_ids"]) if "image_ids" in meta else [str(o) for o in t["image_ids"].tolist()]
-    return Embeddings(t["image_matching"], t["caption_matching"], Ragged(t["regions"], t["region_offsets"].diff()), Ragged(t["words"], t["word_offsets"].diff()),
-                      ids, t["caption_image"], meta.get("aggregation", "MrSw"), meta.get("clamp", "always"))
+            meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        found = describe_format(path)
+        if found in ("safetensors", "binary data"): found = e
+        raise _damaged(path, "file", "a whole safetensors file", found) from None
+    if absent := [n for n in _TENSORS if n not in tensors]:
+        raise _damaged(path, f"tensor {absent[0]}", "the tensors of an embedding file", f"only {sorted(tensors)}")
+    for name,dimensions in _TENSORS.items():
+        if tensors[name].ndim != dimensions:
+            raise _damaged(path, f"tensor {name}", f"{dimensions} dimensions", f"the shape {list(tensors[name].shape)}")
+    return meta,tensors
+
+# %% ../nbs/10_embeddings.ipynb #350dc9e7
+def _repeated(ids): return [i for i,n in Counter(ids).items() if n > 1]
+
+def _read_ids(path, meta, t):
+    "The ids of the images: those of the metadata, or the numbers where there are none."
+    if "image_ids" not in meta: ids = [str(o) for o in t["image_ids"].tolist()]
+    else:
+        try: ids = json.loads(meta["image_ids"])
+        except (ValueError, RecursionError): ids = None
+        if not isinstance(ids, list) or not all(isinstance(o, str) for o in ids):
+            raise _damaged(path, "image_ids in the metadata", "a JSON list of texts", "something else")
+    images = len(t["image_ids"])
+    if len(ids) != images: raise _damaged(path, "image_ids in the metadata", f"{images} ids, one an image", len(ids))
+    if twice := _repeated(ids):
+        raise _damaged(path, f"image {twice[0]}", "each image once", f"{len(twice)} repeated ids")
+    return ids
+
+def _read_meta(path, meta, key, default, known):
+    "A value of the metadata that must be one of those known."
+    if (value := meta.get(key, default)) in known: return value
+    raise _damaged(path, f"{key} in the metadata", f"one of {', '.join(known)}", repr(value))
+
+# %% ../nbs/10_embeddings.ipynb #350dc9e8
+def _check_vectors(path, t, *pair):
+    "Two tables that are compared with each other: numbers of one type, rows of one width, all finite."
+    a,b = (t[n] for n in pair)
+    for name in pair:
+        if not t[name].dtype.is_floating_point or t[name].element_size() == 1:
+            raise _damaged(path, f"tensor {name}", "float32 or float16", t[name].dtype)
+    if a.dtype != b.dtype: raise _damaged(path, f"tensor {pair[1]}", f"{a.dtype}, as {pair[0]}", b.dtype)
+    if not 0 < a.shape[1] == b.shape[1]:
+        found = f"{a.shape[1]} and {b.shape[1]}"
+        raise _damaged(path, f"tensors {pair[0]} and {pair[1]}", "rows of one width, 1 or more", found)
+    for name in pair:
+        for start in range(0, len(t[name]), 2**14): # in blocks: the table may be larger than memory
+            bad = ~torch.isfinite(t[name][start:start+2**14]).all(1)
+            if bad.any():
+                row = start + int(bad.nonzero()[0])
+                raise _damaged(path, f"tensor {name}, row {row}", "finite numbers", "NaN or infinity")
+
+def _check_integers(path, t, name, count):
+    "Refuse another type than int64 and another number of rows."
+    if t[name].dtype != torch.int64: raise _damaged(path, f"tensor {name}", "int64", t[name].dtype)
+    if len(t[name]) != count: raise _damaged(path, f"tensor {name}", f"{count} numbers", len(t[name]))
+
+def _check_offsets(path, t, name, sets, values):
+    "Offsets that begin at 0, never fall and end at the number of rows."
+    offsets,rows = t[name],len(t[values])
+    _check_integers(path, t, name, len(t[sets]) + 1)
+    if (falls := offsets[1:] < offsets[:-1]).any():
+        row = int(falls.nonzero()[0]) + 1
+        raise _damaged(path, f"tensor {name}, row {row}", "offsets that never fall", "a smaller one")
+    if offsets[0] != 0 or offsets[-1] != rows:
+        found = f"{int(offsets[0])} to {int(offsets[-1])}"
+        raise _damaged(path, f"tensor {name}", f"offsets from 0 to {rows}, the rows of {values}", found)
+
+def _check_owners(path, t):
+    "The row of an image for each caption."
+    owner,images = t["caption_image"],len(t["image_matching"])
+    _check_integers(path, t, "caption_image", len(t["caption_matching"]))
+    if (bad := (owner < 0) | (owner >= images)).any():
+        at = int(bad.nonzero()[0])
+        raise _damaged(path, f"tensor caption_image, row {at}", f"the row of an image, below {images}", int(owner[at]))
+
+# %% ../nbs/10_embeddings.ipynb #350dc9e9
+def load_embeddings(
+    path, # a file of `save_embeddings` or `encode_to_file`
+)->Embeddings:
+    """Read an embedding file and check it once: shapes, types, offsets, owners, ids, and that every number is finite.
+
+    Raises `InputError` for a file that is missing, cut off, of another kind or does not fit together."""
+    meta,t = _read_tensors(path)
+    _read_meta(path, meta, "format", _FORMAT, (_FORMAT,))
+    how = dict(aggregation=_read_meta(path, meta, "aggregation", "MrSw", get_args(Aggregation)),
+               clamp=_read_meta(path, meta, "clamp", "always", ("always", "never")))
+    _check_integers(path, t, "image_ids", len(t["image_matching"]))
+    ids = _read_ids(path, meta, t)
+    _check_offsets(path, t, "region_offsets", "image_matching", "regions")
+    _check_offsets(path, t, "word_offsets", "caption_matching", "words")
+    _check_owners(path, t)
+    _check_vectors(path, t, "image_matching", "caption_matching")
+    _check_vectors(path, t, "regions", "words")
+    regions,words = Ragged(t["regions"], t["region_offsets"].diff()),Ragged(t["words"], t["word_offsets"].diff())
+    return Embeddings(t["image_matching"], t["caption_matching"], regions, words, ids, t["caption_image"], **how)
 
 # %% ../nbs/10_embeddings.ipynb #3791134b
 _NUMBERS = dict(float32="F32", float16="F16", int64="I64")
@@ -269,11 +371,18 @@ def _encode_into(work, data, path, digest, dtype, progress):
     unfinished.remove()
     return sizes
 
+# %% ../nbs/10_embeddings.ipynb #db59b5b8
+def _some_pairs(embeddings):
+    "The embeddings, which need an image and a caption to be compared."
+    for what,n in (("images", len(embeddings.image_ids)), ("captions", len(embeddings.caption_image))):
+        if not n: raise InputError("embeddings", what, "at least one", "none", "encode images with captions")
+    return embeddings
+
 # %% ../nbs/10_embeddings.ipynb #db59b5b9
 class ScoreTiles:
     """Exact scores of a split in tiles: some images with the captions of some images. Tile (a, a) has every right pair of its images.
 
-    Raises ValueError for an unknown head."""
+    Raises ValueError for an unknown head, and `InputError` for embeddings without images or without captions."""
     def __init__(self,
         embeddings:Embeddings, # an encoded split
         head:str="alignment", # alignment or matching
@@ -282,7 +391,7 @@ class ScoreTiles:
         hubness:tuple|None=None, # of `hubness`: half of both is subtracted from each score
     ):
         if head not in ("alignment", "matching"): raise ValueError(f"head {head!r} is not one of alignment, matching")
-        e = self.embeddings = embeddings
+        e = self.embeddings = _some_pairs(embeddings)
         self.head,self.hubness = head,hubness
         self.order = e.caption_image.argsort(stable=True) # captions by their image
         sides = (e.regions.values, e.words.values) if head == "alignment" else (e.image_matching, e.caption_matching)
@@ -338,7 +447,7 @@ def hubness(
         return torch.cat(near)
     if head not in ("alignment", "matching"): raise ValueError(f"head {head!r} is not one of alignment, matching")
     sets = lambda e: (e.image_matching, e.caption_matching) if head == "matching" else (e.regions, e.words)
-    (images,captions),(bank_images,bank_captions) = sets(embeddings),sets(bank)
+    (images,captions),(bank_images,bank_captions) = sets(_some_pairs(embeddings)),sets(_some_pairs(bank))
     return side(images, bank_captions, True),side(captions, bank_images, False)
 
 def score_matrix(

@@ -164,9 +164,12 @@ class ExactEngine:
         self.refresh()
         return {i: self._place[i] for i in ids if i in self._place}
 
-    def __len__(self):
+    def ids(self)->list:
+        "All items, in the order in which they were added."
         self.refresh()
-        return len(self._place)
+        return list(self._place)
+
+    def __len__(self): return len(self.ids())
 
     def _matrix(self):
         "Vectors of all items, float32 [items, dim]."

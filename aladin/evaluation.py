@@ -25,11 +25,11 @@ from .model import evaluating
 def image_to_text_ranks(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
-)->np.ndarray: # [images]
-    "Rank of each image's best own caption among all captions."
+)->np.ndarray: # [images that have captions]
+    "Rank of each image's best own caption among all captions; an image without captions is no query."
     own = caption_image[None] == torch.arange(len(scores))[:, None]
     best = scores.masked_fill(~own, -torch.inf).max(1).values[:, None]
-    return ((scores > best).sum(1) + ((scores == best) & ~own).sum(1)//2).numpy()
+    return ((scores > best).sum(1) + ((scores == best) & ~own).sum(1)//2)[own.any(1)].numpy()
 
 def text_to_image_ranks(
     scores:Tensor, # [images, captions]
@@ -73,8 +73,10 @@ def retrieval_ranks(
     dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16
     progress:bool=False, # show a progress bar
     hubness:tuple|None=None, # of `hubness`, to subtract
-)->tuple: # ranks of the images [images] and of the captions [captions], 0-based arrays
-    "Both directions' ranks from one pass over the scores, by counting; the matrix is never whole in memory and nothing is sorted."
+)->tuple: # ranks of the images that have captions and of the captions [captions], 0-based arrays
+    """Both directions' ranks from one pass over the scores, by counting; the matrix is never whole in memory.
+
+    Raises `InputError` for embeddings without images or without captions."""
     tiles,owner = ScoreTiles(embeddings, head, memory, dtype, hubness),embeddings.caption_image
     at = dict(device=owner.device)
     bar = tqdm(total=len(tiles)**2, desc=head, disable=not progress)
@@ -98,7 +100,8 @@ def retrieval_ranks(
                 equal[axis][rows] += same.sum(1 - axis)
             bar.update()
     bar.close()
-    return tuple((b + e//2).cpu().numpy() for b,e in zip(better, equal))
+    i2t,t2i = (b + e//2 for b,e in zip(better, equal))
+    return i2t[torch.bincount(owner, minlength=len(i2t)) > 0].cpu().numpy(),t2i.cpu().numpy()
 
 # %% ../nbs/11_evaluation.ipynb #19955099
 def evaluate_embeddings(
@@ -186,7 +189,7 @@ def _weighted_median(ranks, order, weights):
     return np.floor(middle.mean()) + 1
 
 def bootstrap_intervals(
-    i2t:np.ndarray, # ranks of the images, 0-based
+    i2t:np.ndarray, # ranks of the images that have captions, 0-based
     t2i:np.ndarray, # ranks of the captions, 0-based
     caption_image, # row of each caption's image, [captions]
     samples:int=1000, # how often to draw
@@ -194,7 +197,8 @@ def bootstrap_intervals(
     seed:int=0, # of the draw
 )->dict: # as `ranks_metrics`, each figure as [low, high]
     "Percentile intervals of every figure when images are drawn with replacement, each with all its captions; the gallery stays whole."
-    rng,owner,n = np.random.default_rng(seed),np.asarray(caption_image),len(i2t)
+    rng,n = np.random.default_rng(seed),len(i2t)
+    _,owner = np.unique(np.asarray(caption_image), return_inverse=True) # images without captions are not counted
     sides = dict(i2t=(i2t, np.arange(n)), t2i=(t2i, owner))
     orders = {d: ranks.argsort(kind="stable") for d,(ranks,_) in sides.items()}
     drawn = []
@@ -308,8 +312,11 @@ def ndcg_metrics(
     k:int=25, # ranks that count
     progress:bool=False, # show a progress bar
 )->dict: # i2t, t2i: percent
-    "Mean NDCG@k of both directions."
-    if relevance.shape != (len(embeddings.image_ids), len(embeddings.caption_image)): raise ValueError(f"relevance has the shape {relevance.shape}, the embeddings are {len(embeddings.image_ids)} x {len(embeddings.caption_image)}")
+    "Mean NDCG@k of both directions. Raises `InputError` where not every image and caption has its relevance."
+    shape = len(embeddings.image_ids),len(embeddings.caption_image)
+    if relevance.shape != shape:
+        expected = f"relevances of {shape[0]} images and {shape[1]} captions"
+        raise InputError("embeddings", "NDCG", expected, f"shape {relevance.shape}", "leave out images without captions")
     captions,images = top_ranked(embeddings, head, k, progress=progress)
     return dict(i2t=100*_mean_ndcg(relevance, captions), t2i=100*_mean_ndcg(relevance.T, images))
 

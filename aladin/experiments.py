@@ -301,10 +301,10 @@ def length_sweep(
 
     Raises `InputError` for lengths that leave nothing, and for trainings with other settings unless `force`."""
     if "alignment" not in config.loss.terms: raise InputError(config.name, "loss.terms", "alignment among them: the sweep reads the alignment head", config.loss.terms, "choose another configuration")
+    if bad := [n for n in tags if not 2 <= n < total]: raise InputError("lengths", "tags", f"2 to {total - 1}, so that regions are left of {total}", bad[0], "choose other lengths")
     rows = []
     for most in tokens or [config.data.max_tokens]:
         for n in tags:
-            if not 2 <= n < total: raise InputError("lengths", "tags", f"2 to {total - 1}, so that regions are left of {total}", n, "choose other lengths")
             c = copy.deepcopy(config)
             c.data.max_tokens,c.data.max_tags,c.data.max_regions = most,n,total - n
             run = Path(out)/f"tokens-{most}-tags-{n}-regions-{total - n}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
-           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked',
+           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked', 'report',
            'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml']
 
 # %% ../nbs/00_files.ipynb #c1a71117
@@ -297,8 +297,16 @@ def locked(
         os.ftruncate(handle, os.pwrite(handle, text, 0))
         yield Lock(handle, before)
     finally:
-        if own: path.unlink(missing_ok=True)
-        os.close(handle)
+        try:
+            if own: path.unlink(missing_ok=True)
+        finally: os.close(handle)
+
+# %% ../nbs/00_files.ipynb #16dad51b
+def report(
+    message:str, # one line
+):
+    "Print a line for the user to stderr; of several processes that train together the first one does."
+    if os.environ.get("RANK", "0") == "0": print(f"aladin: {message}", file=sys.stderr)
 
 # %% ../nbs/00_files.ipynb #696e5858
 _MAGIC = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"PK\x03\x04": "a zip archive, such as .npz or .pt",
@@ -371,9 +379,16 @@ def read_json(
     path, # the file to read
     what:str="a JSON file", # what it should be, for messages
 ):
-    "Read a JSON file. Raises `InputError` when it is missing, is not JSON, or is nested too deeply."
+    "Read a JSON file. Raises `InputError` when it is missing, is not JSON, repeats a key, or is nested too deeply."
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) == len(pairs): return value
+        keys = [k for k, _ in pairs]
+        twice = next(k for k in value if keys.count(k) > 1)
+        raise InputError(path, f"key {twice!r}", "each key once in an object", "it stands twice", "remove one of them")
     text = read_text(path, what)
-    try: return json.loads(text)
+    try: return json.loads(text, object_pairs_hook=unique)
+    except InputError: raise
     except json.JSONDecodeError as e: raise InputError(path, f"line {e.lineno}", what, f"{describe_format(path)}, {e.msg}", "write the file again") from None
     except (RecursionError, ValueError) as e: raise InputError(path, "file", what, f"{type(e).__name__}: {e}", "write the file again") from None
 

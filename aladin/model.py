@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AladinConfig', 'Encoded', 'AladinModel', 'original_name', 'load_original_weights', 'check_finite',
            'model_from_original', 'evaluating', 'select_device', 'make_deterministic', 'default_device',
-           'start_from_text_model', 'device_name', 'hash_weights', 'load_model', 'save_model', 'start_from_teacher']
+           'start_from_text_model', 'device_name', 'hash_weights', 'quiet_transformers', 'load_model', 'save_model',
+           'start_from_teacher']
 
 # %% ../nbs/08_model.ipynb #e8024f98
 import argparse, os, shutil
@@ -428,12 +429,23 @@ def hash_weights(
     "Make a digest change with a module's weights."
     for name,tensor in model.state_dict().items(): digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
+@contextmanager
+def quiet_transformers():
+    "No progress bars of `transformers` inside the block: reading and writing a file of weights takes no time to speak of."
+    from transformers.utils import logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if before: logging.enable_progress_bar()
+
 def load_model(
     folder, # made by `save_model`: config.json, model.safetensors, vocab.txt
 )->AladinModel: # in evaluation mode
     "Open a model folder; raises `InputError` when it is none, or when a tensor is missing, left over or of another shape."
     if not _is_model(folder): raise InputError(folder, "model folder", "config.json of an aladin model, model.safetensors and vocab.txt", "no such config.json", "make it with aladin convert or aladin train")
-    try: model,info = AladinModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        with quiet_transformers(): model,info = AladinModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, SafetensorError) as e: raise InputError(Path(folder)/"model.safetensors", "file", "a whole safetensors file", str(e).split("\n")[0][:200], "make the model again") from None
     if wrong := {k: sorted(map(str, v))[:5] for k,v in info.items() if v}:
         raise InputError(Path(folder)/"model.safetensors", "tensors", "the tensors of config.json's geometry", str(wrong), "make the model again")
@@ -449,7 +461,7 @@ def save_model(
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not _is_model(out):
         raise InputError(out, "output folder", "an empty folder, or an aladin model to replace", "other files", "choose another folder")
-    with atomic_dir(out, overwrite=True) as part:
+    with atomic_dir(out, overwrite=True) as part, quiet_transformers():
         model.save_pretrained(part)
         shutil.copyfile(vocabulary, part/"vocab.txt")
 

@@ -86,11 +86,9 @@ def check_regions(
 ): # (regions or None, image id -> number of regions)
     "Open the regions and look for those of every image of each split, without reading the vectors."
     regions,features,detections = _open_what_is_there(Path(folder), found)
-    empty = set(regions.empty if regions is not None else ())
     for split,table in captions.items():
         for what,known in (("features", features), ("detections", detections)):
-            if known is not None: _report(folder, f"{split} split", f"{what} for every image", "none for", [i for i in table if i not in known and i not in empty], "extract these images, or leave them out of the split", found)
-        if without := [i for i in table if i in empty]: found.notes.append(f"{split}: {len(without)} images without regions are left out: {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}")
+            if known is not None: _report(folder, f"{split} split", f"{what} for every image", "none for", [i for i in table if i not in known], "extract these images, or leave them out of the split", found)
     return regions,_counts(regions, found)
 
 def _counts(regions, found):

@@ -204,6 +204,11 @@ class SearchIndex:
 
     def __len__(self): return len(self.engines["images"])
 
+    def image_ids(self)->list:
+        "The ids of all pictures, in the order in which they were added."
+        engine = self.engines["images"]
+        return (engine if isinstance(engine, ExactEngine) else ExactEngine(self.stores["images"])).ids()
+
     def __contains__(self, image_id): return bool(self.engines["images"].find([str(image_id)]))
 
     def sizes(self)->tuple: # bytes of the vectors, bytes of the region sets with their boxes

@@ -6,27 +6,43 @@
 __all__ = ['open_index', 'add_search_commands']
 
 # %% ../nbs/14_search_commands.ipynb #2af9bac7
-import json, sys
+import itertools, json, os, sys
+from dataclasses import replace
 from pathlib import Path
 
 from .files import InputError, read_json, write_json
 
 # %% ../nbs/14_search_commands.ipynb #1377eeec
-def _pictures_of(data, model, tokenizer, split, keys, features):
+def _pictures_of(data, model, tokenizer, split, keys, features, every_caption=False):
     "The pictures of a data folder: those of a split, or all that have regions, with the captions there are."
-    from aladin.data import RetrievalSet, captions_with_regions, read_captions
+    from aladin.data import RetrievalSet, captions_left_out, report
     from aladin.detections import open_inputs, read_inputs
     from aladin.regions import open_regions
     from aladin.search import model_settings
     data,settings = Path(data),model_settings(model)
-    if split or keys: return open_inputs(data, split or "test", tokenizer, settings, keys, features)
+    if every_caption: settings = replace(settings, captions_per_image=_ALL)
+    if split or keys is not None: return open_inputs(data, split or "test", tokenizer, settings, keys, features)
     fast = open_regions(features or (data/"regions" if (data/"regions").is_dir() else data))
-    files = [p for s in ("train", "minival", "test") for p in (data/f"{s}_captions.json", data/f"{s}_captions.pt") if p.exists()]
-    told = {i: texts for p in files for i,texts in read_captions(p).items()}
-    ids = [*fast.ids, *fast.empty]
-    regions,clip = read_inputs(data, ids, settings, fast)
-    captions = captions_with_regions({i: told.get(i, []) for i in ids}, regions, data)
-    return RetrievalSet(regions, captions, tokenizer, settings, data, clip)
+    told = _all_captions(data)
+    if apart := [i for i in told if i not in fast]:
+        names = ", ".join(apart[:20]) + " ..."*(len(apart) > 20)
+        report(f"{data}: {len(apart)} images with captions have no regions and are left out: {names}")
+    regions,clip = read_inputs(data, fast.ids, settings, fast)
+    captions = {i: told.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}
+    pictures = RetrievalSet(regions, captions, tokenizer, settings, data, clip)
+    if left_out := captions_left_out(pictures): report(f"{data}: {left_out}")
+    return pictures
+
+_ALL = 2**31 - 1 # captions of an image
+
+def _all_captions(data):
+    "The captions of every split; those of an image that is in several stand one after the other, equal ones once."
+    from aladin.data import read_captions
+    captions = {}
+    for path in (data/f"{split}_captions.{end}" for split in ("train", "minival", "test") for end in ("json", "pt")):
+        for image,texts in (read_captions(path) if path.exists() else {}).items():
+            captions[image] = list(dict.fromkeys(captions.get(image, []) + texts)) if image in captions else texts
+    return captions
 
 def _clip_of(model_folder, data):
     "What reads the captions of a model that leaves them to CLIP."
@@ -51,6 +67,16 @@ def _extract(a):
     store = extract(a.images, Detector(a.detector, a.threshold, a.least, a.most), a.out, a.captions, a.dtype, a.batch_size, a.seed or 0)
     print(f"{a.out}: {len(store)} pictures, {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
 
+def _vanished(index, pictures, a):
+    "Report the pictures of an index that the data folder no longer has; with --prune remove them."
+    from aladin.files import report
+    there = set(pictures.image_ids)
+    gone = [i for i in index.image_ids() if i not in there]
+    if not gone: return
+    if a.prune: index.delete(gone)
+    what = "were removed" if a.prune else "remove them with --prune"
+    report(f"{len(gone)} pictures of the index are not in {a.data}: {', '.join(gone[:20])}{' ...'*(len(gone) > 20)}; {what}")
+
 def _built_index(a):
     "An index made, or gone on with, as the options say."
     from aladin.data import load_tokenizer
@@ -58,7 +84,10 @@ def _built_index(a):
     from aladin.search import SearchIndex
     if not a.model or not a.data: raise InputError("aladin index", "options", "--model and --data", "one of them missing", "name both, or --delete image ids of an index that is there")
     model,tokenizer = load_model(a.model).to(default_device()),load_tokenizer(a.model)
-    index = SearchIndex.build(model, _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features), a.out, a.engine, a.approximate, a.batch_size)
+    pictures = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features, every_caption=True)
+    if a.prune and (a.split or a.keys): raise InputError("aladin index", "options", "--prune without --split and --keys, which choose some pictures", "both", "leave one out")
+    index = SearchIndex.build(model, pictures, a.out, a.engine, a.approximate, a.batch_size)
+    if not a.split and not a.keys: _vanished(index, pictures, a)
     write_json(index.folder/"index.json", index.info | dict(model_folder=str(Path(a.model).resolve()), data=str(Path(a.data).resolve())))
     return index
 
@@ -105,30 +134,62 @@ def _as_json(asked, hits, find):
     "One line of --json."
     rows = [dict(id=h.id, image_id=h.image_id, score=h.score, matching=h.matching, text=h.text, picture=str(p) if (p := find(h.image_id)) else None,
                  words=[dict(word=w, box=h.alignment.boxes[r].tolist(), tag=h.alignment.tags and h.alignment.tags[r], cosine=c) for w,r,c in h.alignment.best()] if h.alignment else None) for h in hits]
-    return json.dumps(dict(query=asked, hits=rows), ensure_ascii=False)
+    return _line(dict(query=asked, hits=rows))
+
+def _line(value):
+    "JSON on one line, in ASCII where the terminal knows no other letters."
+    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
 
 def _print_hits(asked, hits, a, find):
     if a.json: return print(_as_json(asked, hits, find), flush=True)
     print(f"{asked}\n{'':>4}{'score':>8}{'matching':>10}  " + ("caption" if a.image else f"{'image':24}words"))
     for rank,h in enumerate(hits, 1): print(f"{rank:>4}{h.score:8.3f}{h.matching:10.3f}  " + (h.text if h.text is not None else f"{h.id:24}{_words(h)}"), flush=True)
 
+def _queries(texts):
+    "Each query of the command line, or of standard input line by line; an `InputError` in place of one that cannot be read."
+    source = getattr(sys.stdin, "buffer", sys.stdin) if not texts else texts
+    for number, text in enumerate(source, 1):
+        where = f"query {number}"
+        try:
+            if isinstance(text, str): text = os.fsencode(text) # bytes that the terminal's encoding does not know
+            text = text.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeError: yield InputError("aladin search", where, "text in UTF-8", "another encoding", "save the queries as UTF-8")
+        else:
+            if text.strip(): yield text.strip()
+            elif texts: yield InputError("aladin search", where, "some words", "an empty query", "say what the picture shows")
+            else: print(f"aladin search: line {number} of the queries is empty and is skipped", file=sys.stderr)
+
 def _answers(index, a):
-    "What was asked and the hits, one after the other."
-    if a.image: yield from ((f"image {i}", index.search_captions(i, a.k, a.rerank)) for i in a.image)
-    else: yield from ((t.strip(), index.search(t.strip(), a.k, a.rerank, explain=True)) for t in a.text or sys.stdin if t.strip())
+    "What was asked and the hits, or an `InputError` in their place, one after the other."
+    asked = [f"image {i}" for i in a.image] if a.image else _queries(a.text)
+    for query, image in zip(asked, a.image or itertools.repeat(None)):
+        if isinstance(query, InputError): yield "", query; continue
+        try: yield query, index.search(query, a.k, a.rerank, explain=True) if image is None else index.search_captions(image, a.k, a.rerank)
+        except InputError as e: yield query, e
+
+def _report(asked, problem, a):
+    "Say why a query has no answer; with --json there is a line for each query."
+    print(f"aladin search: {problem}", file=sys.stderr)
+    if a.json: print(_line(dict(query=asked, hits=[], error=str(problem))), flush=True)
 
 def _search(a):
-    from aladin.search_page import picture_finder, search_page
+    from aladin.search_page import check_page, picture_finder, search_page
     if a.json and a.show: raise InputError("aladin search", "options", "--json or --show", "both", "leave one out")
-    index,shown = open_index(a.index, a.model),[]
+    if a.show: check_page(a.show)
+    index,shown,problems = open_index(a.index, a.model),[],0
     find = picture_finder(a.pictures or index.info.get("data", "."))
     for asked,hits in _answers(index, a):
+        if isinstance(hits, InputError):
+            _report(asked, hits, a)
+            problems += 1
+            continue
         _print_hits(asked, hits, a, find)
         if a.show: shown.append((asked, hits))
-    if a.show:
+    if a.show and shown:
         search_page(a.show, shown, find)
         print(a.show)
     index.close()
+    return 2 if problems else 0
 
 # %% ../nbs/14_search_commands.ipynb #188d3b85
 def add_search_commands(
@@ -152,6 +213,7 @@ def add_search_commands(
     p.add_argument("--split", choices=("train", "minival", "test"), help="only this split (default: every picture that has regions)")
     p.add_argument("--engine", help="exact: compared in memory; milvus: a file in the index's folder; or the address of a Milvus server, its token in ALADIN_MILVUS_TOKEN (default: exact, or the one that an index has)")
     p.add_argument("--approximate", action="store_true", help="Milvus only: search a graph instead of every vector, for millions of pictures")
+    p.add_argument("--prune", action="store_true", help="remove the pictures of the index that the data folder no longer has")
     p.add_argument("--delete", nargs="+", metavar="ID", help="take these pictures out of the index")
     p.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: 64)")
     options(p, "features", "keys", "out")

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from aladin.cli import main
-from aladin.config import ExperimentConfig, config_from_dict, load_config
-from aladin.data import build_vocabulary, load_torch_file
+from aladin.config import DataSettings, ExperimentConfig, config_from_dict, load_config
+from aladin.data import Ragged, build_vocabulary, load_tokenizer, load_torch_file, open_split, read_captions, read_keys
+from aladin.embeddings import Embeddings, hubness, load_embeddings, save_embeddings, score_matrix
+from aladin.evaluation import bootstrap_intervals, caption_relevance, image_to_text_ranks, ndcg_metrics, retrieval_ranks, top_ranked
 from aladin.files import InputError
 from aladin.graph import experiment_config, experiments_dir
 from aladin.manifests import load_manifest
@@ -212,7 +216,6 @@ def tiny(tmp_path_factory, scenes):
 
 def test_search_without_dropout(tiny):
     "A model in training mode encodes a query alike each time, and stays in training mode."
-    from aladin.data import load_tokenizer
     model = load_model(tiny).train()
     encode = CaptionEncoder(model, load_tokenizer(tiny))
     first, again = (encode(["a red fish"])[0] for _ in range(2))
@@ -244,3 +247,192 @@ def test_asking_for_a_device_changes_nothing(monkeypatch):
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     assert select_device().type == "cuda"
     assert before == (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+# Captions and key files
+
+IDS = [f"i{k}" for k in range(4)]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a fish red one two three four five six seven".split()
+
+
+class Pictures:
+    "Regions in memory."
+    dim, path, fingerprint = 10, "pictures", ""
+    def __contains__(self, image_id): return image_id.startswith("i")
+    def num_regions(self, image_id): return 2
+    def features(self, image_id): return np.ones((2, 10), np.float32)
+    def tags(self, image_id): return ["fish"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Four images; the last two have six and seven captions."
+    captions = {i: [f"a {w} fish" for w in WORDS[8:8 + n]] for i, n in zip(IDS, (1, 5, 6, 7))}
+    (tmp_path/"test_captions.json").write_text(json.dumps(captions))
+    (tmp_path/"vocab.txt").write_text("\n".join(WORDS))
+    return tmp_path
+
+
+def opened(folder, **options): return open_split(folder, "test", load_tokenizer(folder), Pictures(), **options)
+
+
+def test_captions_beyond_five_are_reported(folder, capsys):
+    data = opened(folder)
+    assert (len(data), data.captions_left_out, data.images_with_more) == (16, 3, 2)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "test_captions.json: first 5" in told[0] and "3 of 19 captions are left out, those of 2 images" in told[0]
+    assert len(opened(folder, settings=DataSettings(captions_per_image=7))) == 19
+    assert len(opened(folder, keys=IDS[:2])) == 6 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["i2\ni0\n", "\ufeffi2\r\ni0\r\n", "\n i2 \n\n\ti0\n\n".replace("\ti0", "i0\tx"), "i2\ri0"])
+def test_keys_choose_and_order(folder, content):
+    (folder/"keys.tsv").write_bytes(content.encode())
+    for keys in ("keys.tsv", folder/"keys.tsv", ["i2", "i0"], ("i2", "i0"), iter(["i2", "i0"])): assert opened(folder, keys=keys).image_ids == ["i2", "i0"]
+
+
+@pytest.mark.parametrize("keys", [[], (), iter([])])
+def test_an_empty_request(folder, keys): fails(lambda: opened(folder, keys=keys), "an empty split")
+
+
+def test_an_empty_key_file(folder):
+    (folder/"keys.tsv").write_text("\n\n")
+    fails(lambda: opened(folder, keys="keys.tsv"), folder/"keys.tsv", "an empty split")
+
+
+def test_keys_that_stand_twice(folder):
+    (folder/"keys.tsv").write_text("i0\ni1\ni0\n")
+    for action in (lambda: opened(folder, keys="keys.tsv"), lambda: read_keys(folder/"keys.tsv")): fails(action, folder/"keys.tsv", "image i0", "id 1 and id 3")
+    fails(lambda: opened(folder, keys=["i0", "i1", "i0"]), "image i0", "each image once")
+
+
+@pytest.mark.parametrize("content, found", [(b'{"a": 1}', "JSON"), (b"\x89PNG\r\n\x1a\n\0\0", "a PNG picture"), (b"a\0b\n", "binary data"), ("i0".encode("utf-16"), "UTF-16 text"), (b"caf\xe9\n"*9, "not UTF-8")])
+def test_a_key_file_of_another_kind(folder, content, found):
+    (folder/"keys.tsv").write_bytes(content)
+    fails(lambda: opened(folder, keys="keys.tsv"), folder/"keys.tsv", found)
+
+
+@pytest.mark.parametrize("end", ["json", "pt"])
+@pytest.mark.parametrize("content, found", [(b"image,caption\n1,a fish\n2,a dog\n", "a CSV table"), (b"\xff\xd8\xff\xe0", "a JPEG picture"), (b"", "an empty file"), (b"PAR1", "Parquet")])
+def test_captions_of_another_format(tmp_path, end, content, found):
+    path = tmp_path/f"test_captions.{end}"
+    path.write_bytes(content)
+    fails(lambda: read_captions(path), path, found)
+
+
+@pytest.mark.parametrize("value", [[], "", 3, [1], [["a"]], {"a": 1}, None, "[", "["*10**5, ["\ud800"]])
+def test_an_image_without_captions(tmp_path, value):
+    path = tmp_path/"test_captions.json"
+    path.write_text(json.dumps({"9": ["a fish"], "7": value}))
+    fails(lambda: read_captions(path), path, "image 7")
+
+
+def test_captions_with_a_mark(tmp_path):
+    (tmp_path/"test_captions.json").write_text('{"7": ["a fish"]}', encoding="utf-8-sig")
+    assert read_captions(tmp_path/"test_captions.json") == {"7": ["a fish"]}
+    torch.save({7: ["a"], "7": ["b"]}, tmp_path/"test_captions.pt")
+    fails(lambda: read_captions(tmp_path/"test_captions.pt"), "image 7", "each image once")
+
+
+@pytest.mark.parametrize("content, found", [(b"\x89PNG\r\n\x1a\n\xff", "a PNG picture"), (b'{"model": 1}', "JSON"), ("[PAD]\ncaf\xe9\n".encode("latin-1")*9, "not UTF-8"), (None, "a folder")])
+def test_a_vocabulary_of_another_kind(tmp_path, content, found):
+    path = tmp_path/"vocab.txt"
+    if content is None: path.mkdir()
+    else: path.write_bytes(content)
+    fails(lambda: load_tokenizer(tmp_path), path, found)
+
+
+def test_a_vocabulary_with_a_mark(tmp_path):
+    (tmp_path/"vocab.txt").write_text("\r\n".join(WORDS), encoding="utf-8-sig")
+    assert load_tokenizer(tmp_path).convert_tokens_to_ids(["[PAD]", "fish"]) == [0, 6]
+
+
+# Embedding files
+
+def small_embeddings(images=3, owners=(0, 0, 2, 2, 2, 2, 2)):
+    "Three images with two, no and five captions."
+    unit = lambda *n: torch.nn.functional.normalize(torch.randn(*n, generator=torch.Generator().manual_seed(sum(n))), dim=-1)
+    n = len(owners)
+    sets = [Ragged(unit(2*k, 6), torch.full((k,), 2)) for k in (images, n)]
+    return Embeddings(unit(images, 8), unit(n, 8), *sets, [f"i{k}" for k in range(images)], torch.tensor(owners, dtype=torch.int64))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_embeddings(small_embeddings(), tmp_path/"e.safetensors")
+    return tmp_path/"e.safetensors"
+
+
+def spoil(path, metadata=None, **tensors):
+    "Write the file again with other tensors or other metadata."
+    with safe_open(path, "pt") as f: meta, t = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}
+    for name, change in tensors.items(): t[name] = change(t[name])
+    save_file(t, path, metadata={k: v for k, v in (meta | (metadata or {})).items() if v is not None})
+
+
+def put(at, value):
+    def change(t):
+        t[at] = value
+        return t
+    return change
+
+
+@pytest.mark.parametrize("name, change, where", [
+    ("image_matching", lambda t: t[:2], "image_ids"), ("image_matching", lambda t: t[0], "image_matching"), ("image_matching", put((1, 2), float("nan")), "image_matching, row 1"),
+    ("caption_matching", lambda t: t[:-1], "word_offsets"), ("caption_matching", lambda t: t[:, :3].contiguous(), "caption_matching"), ("caption_matching", lambda t: t.half(), "caption_matching"),
+    ("regions", put((5, 0), float("inf")), "regions, row 5"), ("regions", lambda t: t[:-1], "region_offsets"), ("regions", lambda t: t.long(), "tensor regions"), ("words", lambda t: t[:, :5].contiguous(), "words"),
+    ("region_offsets", put(0, 1), "region_offsets"), ("region_offsets", put(1, 5), "region_offsets, row 2"), ("region_offsets", put(2, -2**62), "region_offsets"), ("region_offsets", lambda t: t.int(), "region_offsets"),
+    ("word_offsets", put(-1, 99), "word_offsets"), ("word_offsets", lambda t: t[:-1], "word_offsets"), ("caption_image", put(3, 3), "caption_image, row 3"), ("caption_image", put(0, -1), "caption_image, row 0"),
+    ("caption_image", lambda t: t[:-1], "caption_image"), ("image_ids", lambda t: t[:-1], "image_ids")])
+def test_embeddings_that_do_not_fit(saved, name, change, where):
+    load_embeddings(saved)
+    spoil(saved, **{name: change})
+    fails(lambda: load_embeddings(saved), saved, where)
+
+
+@pytest.mark.parametrize("key, value", [("image_ids", "["), ("image_ids", "{}"), ("image_ids", "[1, 2, 3]"), ("image_ids", '["i0", "i1"]'), ("image_ids", '["i0", "i1", "i0"]'), ("image_ids", "["*10**5),
+                                        ("aggregation", "mxSr"), ("clamp", "reference"), ("format", "aladin-model")])
+def test_metadata_that_does_not_fit(saved, key, value):
+    spoil(saved, {key: value})
+    fails(lambda: load_embeddings(saved), saved, "image i0" if '"i0", "i1", "i0"' in value else f"{key} in the metadata")
+
+
+def test_ids_from_numbers(saved):
+    spoil(saved, dict(image_ids=None))
+    assert load_embeddings(saved).image_ids == ["0", "1", "2"]
+    spoil(saved, image_ids=put(1, 0))
+    fails(lambda: load_embeddings(saved), saved, "image 0", "each image once")
+
+
+def test_missing_ids_score_nothing(saved, capsys):
+    "They are refused by the command; images beyond the ids had scored a recall of 100 percent."
+    spoil(saved, dict(image_ids='["i0"]'))
+    assert main(["evaluate", "--embeddings", str(saved)]) == 2
+    assert "3 ids, one an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["matching", "alignment"])
+@pytest.mark.parametrize("images, owners, what", [(0, (), "images"), (2, (), "captions")])
+def test_nothing_to_compare(tmp_path, head, images, owners, what):
+    save_embeddings(small_embeddings(images, owners), tmp_path/"e.safetensors")
+    empty, whole = load_embeddings(tmp_path/"e.safetensors"), small_embeddings()
+    for action in (lambda: retrieval_ranks(empty, head), lambda: score_matrix(empty, head), lambda: top_ranked(empty, head), lambda: hubness(whole, empty, head), lambda: hubness(empty, whole, head)): fails(action, what, "at least one")
+    assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors"), "--head", head]) == 2
+
+
+@pytest.mark.parametrize("head", ["matching", "alignment"])
+def test_images_with_any_number_of_captions(head):
+    "An image without captions is found or missed by others' captions, and asks for nothing itself."
+    e = small_embeddings()
+    scores = score_matrix(e, head)
+    i2t, t2i = retrieval_ranks(e, head)
+    np.testing.assert_array_equal(i2t, image_to_text_ranks(scores, e.caption_image))
+    assert len(i2t) == 2 and len(t2i) == 7 and i2t[0] == (scores[0] > scores[0, :2].max()).sum() and i2t[1] == (scores[2] > scores[2, 2:].max()).sum()
+    spread = bootstrap_intervals(i2t, t2i, e.caption_image, samples=50)
+    assert all(np.isfinite(v).all() for d in ("i2t", "t2i") for v in spread[d].values())
+    fails(lambda: ndcg_metrics(e, caption_relevance(["a fish"]*7, e.caption_image), head), "NDCG", "without captions")
+
+
+def test_a_subset_with_a_repeated_id():
+    fails(lambda: small_embeddings().subset(["i2", "i0", "i2"]), "image i2", "each image once")
+    assert small_embeddings().subset(["i2", "i0"]).image_ids == ["i2", "i0"]

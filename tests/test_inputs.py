@@ -92,8 +92,8 @@ def test_missing_inputs(data, tmp_path):
     with pytest.raises(InputError, match="projection_dim"): ClipReader(tmp_path/"wide")
 
 
-def test_images_without_detections(data, tmp_path):
-    "They are left out with a warning that names them."
+def test_images_without_detections(data, tmp_path, capsys):
+    "They are left out and reported by name."
     folder = tmp_path/"data"
     shutil.copytree(data, folder, ignore=shutil.ignore_patterns("detic", "clip_cache"))
     names = json.loads((data/"test_captions.json").read_text())
@@ -103,7 +103,9 @@ def test_images_without_detections(data, tmp_path):
     info = json.loads((store/"store.json").read_text())
     info["files"]["ids.json"] = (store/"ids.json").stat().st_size
     (store/"store.json").write_text(json.dumps(info))
-    with pytest.warns(UserWarning, match=list(names)[0]): split = open_inputs(folder, "test", load_tokenizer(folder), DataSettings(detections="det"))
+    split = open_inputs(folder, "test", load_tokenizer(folder), DataSettings(detections="det"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1 and all(i in told[0] for i in list(names)[:2])
     assert split.image_ids == list(names)[2:]
 
 

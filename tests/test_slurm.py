@@ -102,7 +102,7 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     "A failed job, a killed coordinator whose jobs are cancelled, then the whole."
     out, folder = tmp_path/"results", tmp_path/"results"/"scenes-tiny"
     broken = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
-    broken["all"]["training"]["lr"] = 1e30
+    broken["all"]["training"]["lr"] = 1e19
     (tmp_path/"broken.yaml").write_text(yaml.safe_dump(broken))
     with pytest.raises(RunFailed, match=f"{RUN}/train.failed.ipynb"):
         run_results(out, profile=profile, say=lambda line: None, settings=str(tmp_path/"broken.yaml"), **STUDY)
