@@ -268,6 +268,7 @@ class Regions:
         return i
 
 # %% ../nbs/02_regions.ipynb #a11d5634
+_LEAST_ROW = 44 # bytes of a row with one region, beside the id: two tabs, the count, base64 of seven numbers, a newline
 _tsv_names = ["features.tsv", "features.lineidx", "imageid2idx.json", "predictions.tsv"]
 
 class TsvRegions(Regions):
@@ -297,18 +298,23 @@ class TsvRegions(Regions):
         return index
 
     def _without_regions(self):
-        "Images in which the detector found nothing. A malformed row is not among them: it is an error where it is used."
-        def is_empty(image_id):
-            try: return not self.num_regions(image_id)
-            except InputError: return False
-        return [i for i in self._index if is_empty(i)]
+        "Images in which the detector found nothing, in file order. Only the rows that are too short for a region are read."
+        sizes = np.diff(self._tsv.offsets, append=self._tsv.size)
+        short = [i for i,row in self._index.items() if sizes[row] < len(i.encode()) + _LEAST_ROW]
+        return sorted((i for i in short if self._is_empty(i)), key=self._index.get)
+
+    def _is_empty(self, image_id):
+        "Has a row its image id, a box count of 0 and nothing else? A malformed row has not: it is an error where it is used."
+        try: name, *rest = self._tsv.row(self._index[image_id])
+        except InputError: return False
+        return name == image_id and rest[:1] == ["0"] and not "".join(rest[1:])
 
     def _count(self, image_id, fields):
         "The box count of a row of features.tsv that should be `image_id`'s."
         row, fix = f"row {self._index[image_id]}", "write imageid2idx.json and features.tsv again"
         if fields[0] != image_id: raise InputError(self._tsv.path, row, f"image {image_id}, as imageid2idx.json tells", f"image {fields[0]}", fix)
         count = fields[1] if len(fields) > 1 else ""
-        if not count.isdecimal(): raise InputError(self._tsv.path, f"image {image_id} ({row})", "a box count", repr(count), fix)
+        if not count.isdecimal() or int(count) < 1: raise InputError(self._tsv.path, f"image {image_id} ({row})", "a box count of 1 or more", repr(count), fix)
         return int(count)
 
     def _decode(self, image_id):
@@ -401,6 +407,8 @@ def _read_store_info(path):
         raise InputError(name, "format", _format, repr(info.get("format")) if isinstance(info, dict) else "no object", "choose the folder of a region store")
     if info.get("version") != _version: raise InputError(name, "version", _version, info.get("version"), "update aladin, or " + fix)
     if missing := {"dim","dtype","arrays","files"} - set(info): raise InputError(name, "keys", "dim, dtype, arrays, files", f"no {', '.join(sorted(missing))}", fix)
+    if not isinstance(empty := info.get("empty", []), list) or not all(isinstance(o, str) for o in empty):
+        raise InputError(name, "empty", "a list of image ids", "something else", fix)
     for file,size in info["files"].items():
         found = (path/file).stat().st_size if (path/file).is_file() else "nothing there"
         if found != size: raise InputError(path/file, "file size", f"{size} bytes, as store.json tells", found, "copy the store again, or " + fix)

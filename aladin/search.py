@@ -233,6 +233,7 @@ def _read_index(folder):
 
 # %% ../nbs/12_search.ipynb #a7795879
 _SEGMENT = 2048 # pictures written at once
+_LONGEST = 500 # bytes of an image id: Milvus holds 512, and captions add a number
 
 def _image_about(images, rows, model):
     "What is kept of pictures beside vectors and sets: boxes and tags of the regions that take part."
@@ -280,6 +281,9 @@ def add(self:SearchIndex,
 )->int: # how many were encoded
     "Insert pictures, or replace those that are there from other data; raises `InputError` for regions of another width."
     if images.regions.dim != self.model.config.region_dim: raise InputError(images.regions.path, "feature width", f"{self.model.config.region_dim}, as the model was trained with", images.regions.dim, "use the features of the model's data set")
+    if long := next((i for i in images.image_ids if len(i.encode()) > _LONGEST), None):
+        fix = "give the image a shorter id"
+        raise InputError(images.regions.path, f"image {long}", f"an id of at most {_LONGEST} bytes", f"{len(long.encode())} bytes", fix)
     source = images.regions.fingerprint
     there = self.engines["images"].find(images.image_ids)
     new = [r for r,i in enumerate(images.image_ids) if i not in there or self.stores["images"].segment(there[i][0]).about["source"] != source]

@@ -17,14 +17,16 @@ def _pictures_of(data, model, tokenizer, split, keys, features, every_caption=Fa
     "The pictures of a data folder: those of a split, or all that have regions, with the captions there are."
     from aladin.data import RetrievalSet, captions_left_out, report
     from aladin.detections import open_inputs, read_inputs
-    from aladin.regions import open_regions
+    from aladin.regions import open_regions, report_empty
     from aladin.search import model_settings
     data,settings = Path(data),model_settings(model)
     if every_caption: settings = replace(settings, captions_per_image=_ALL)
     if split or keys is not None: return open_inputs(data, split or "test", tokenizer, settings, keys, features)
     fast = open_regions(features or (data/"regions" if (data/"regions").is_dir() else data))
     told = _all_captions(data)
-    if apart := [i for i in told if i not in fast]:
+    empty = set(fast.empty)
+    report_empty(data, list(fast.empty))
+    if apart := [i for i in told if i not in fast and i not in empty]:
         names = ", ".join(apart[:20]) + " ..."*(len(apart) > 20)
         report(f"{data}: {len(apart)} images with captions have no regions and are left out: {names}")
     regions,clip = read_inputs(data, fast.ids, settings, fast)
@@ -85,13 +87,15 @@ def _built_index(a):
     if not a.model or not a.data: raise InputError("aladin index", "options", "--model and --data", "one of them missing", "name both, or --delete image ids of an index that is there")
     model,tokenizer = load_model(a.model).to(default_device()),load_tokenizer(a.model)
     pictures = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features, every_caption=True)
-    if a.prune and (a.split or a.keys): raise InputError("aladin index", "options", "--prune without --split and --keys, which choose some pictures", "both", "leave one out")
     index = SearchIndex.build(model, pictures, a.out, a.engine, a.approximate, a.batch_size)
     if not a.split and not a.keys: _vanished(index, pictures, a)
     write_json(index.folder/"index.json", index.info | dict(model_folder=str(Path(a.model).resolve()), data=str(Path(a.data).resolve())))
     return index
 
 def _index(a):
+    if a.prune and (a.split or a.keys or a.delete):
+        fix = "leave --prune or the other option out"
+        raise InputError("aladin index", "options", "--prune with the whole data folder", "--split, --keys or --delete beside it", fix)
     index = open_index(a.out, a.model) if a.delete else _built_index(a)
     if a.delete: index.delete(a.delete)
     vectors,sets = index.sizes()

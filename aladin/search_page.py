@@ -83,7 +83,8 @@ def search_page(
     answers:list, # of (what was asked, list of `Hit`)
     find, # from `picture_finder`
 ):
-    "Write the answers of some searches; a word under the pointer shows its region alone."
+    "Write the answers of some searches; a word under the pointer shows its region alone. Raises `InputError` as `check_page` does."
+    check_page(path)
     sections = "".join(f'<h2>{escape(asked)}</h2><div class="hits">{"".join(_entry(r, h, find) for r,h in enumerate(hits, 1))}</div>' for asked,hits in answers)
     text = f'<!doctype html><html lang="en"><meta charset="utf-8">{_MARK}<title>{escape(answers[0][0] if answers else "search")}</title><style>{_STYLE}</style><body>{sections}<script>{_SCRIPT}</script></body></html>'
     with atomic_write(path) as part: part.write_text(text, encoding="utf-8")
