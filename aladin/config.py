@@ -69,7 +69,7 @@ class DataSettings:
     tag_reader:Literal["words", "clip"] = "words" # what reads the tags: the word table, or CLIP a sentence for each
     caption_reader:Literal["words", "clip"] = "words" # what reads the captions before the backbone
     count_tags:bool = False # CLIP: one sentence for equal tags, with their number
-    clip:str = "" # folder or name of a CLIP text model for `transformers`; empty: clip/ in the data set's folder
+    clip:str = "" # folder of a CLIP text model, or hub:NAME to fetch one; empty: clip/ in the data set's folder
 
 # %% ../nbs/00_config.ipynb #7ef46367
 @dataclass

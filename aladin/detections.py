@@ -343,10 +343,16 @@ class _Stretches(_Looked):
 
 @lru_cache(maxsize=2)
 def _load_clip(name):
-    "Tokenizer and text model, by folder or hub name."
+    "Tokenizer and text model of a folder; hub:NAME fetches one."
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-    try: return CLIPTokenizer.from_pretrained(name),CLIPTextModelWithProjection.from_pretrained(name).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError) as e: raise InputError(name, "CLIP", "a CLIP text model with its tokenizer", str(e).split("\n")[0][:200], "name a folder that transformers can load, or make one with aladin make-clip") from None
+    hub = name.startswith("hub:")
+    if not hub and not Path(name).is_dir():
+        raise InputError(name, "CLIP", "the folder of a CLIP text model, or hub:NAME", "nothing there", "check the path, or write hub: before a name to fetch it")
+    options = dict(local_files_only=not hub)
+    try: tokenizer, model = (o.from_pretrained(name.removeprefix("hub:"), **options) for o in (CLIPTokenizer, CLIPTextModelWithProjection))
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(name, "CLIP", "a CLIP text model with its tokenizer", str(e).split("\n")[0][:200], "name a folder that transformers can load, or make one with aladin make-clip") from None
+    return tokenizer, model.eval().requires_grad_(False)
 
 def _plain(text):
     "As CLIP cleans a text: entities resolved, quotes straight, one blank between words."
@@ -373,7 +379,7 @@ def _writable(cache):
 class ClipReader:
     "CLIP's text model, frozen, in place of the word table (ALADIN-2.0): what it has read once is kept."
     def __init__(self,
-        model, # folder or hub name of a CLIP text model with projection
+        model, # folder of a CLIP text model with projection, or hub:NAME
         cache=None, # folder that keeps what it made; none: nothing is kept
         batch_size:int=256, # texts at once
         progress:bool=False, # show progress bars

@@ -76,13 +76,12 @@ def _read_picture(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=picture_formats()) as picture: return as_rgb(picture), picture.format
     except FileNotFoundError:
         advice = "check the path, or leave the picture out"
         raise InputError(path, "file", "a picture", "nothing there", advice) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        most = f"a picture of at most {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except Image.DecompressionBombError: # Pillow warns at half of this, for cameras with large sensors reach that
+        most = f"a picture of at most {2*Image.MAX_IMAGE_PIXELS:,} pixels"
         raise InputError(path, "size", most, "more", "reduce the picture, or leave it out") from None
     except Exception as e: # decoders raise errors of many kinds for damaged files
         found = f"{type(e).__name__}: {str(e)[:120]}"

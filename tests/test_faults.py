@@ -9,6 +9,7 @@ from transformers import BertConfig
 from aladin.config import config_from_authors, config_from_dict, load_config
 from aladin.files import InputError
 from aladin.data import load_tokenizer, load_torch_file, open_split, read_captions
+from aladin.detections import ClipReader
 from aladin.embeddings import encode_split, load_embeddings, save_embeddings
 from aladin.model import AladinModel, start_from_text_model
 
@@ -267,6 +268,12 @@ def test_a_text_model_that_hides_code(tmp_path, model, marker, write):
 def test_a_missing_text_model_is_not_asked_of_a_hub(model, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     fails(lambda: start_from_text_model(model, "models/not-here"), "models/not-here", "model.init_from", "nothing there", "aladin fetch")
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "models/not-here"])
+def test_a_missing_clip_is_not_asked_of_a_hub(monkeypatch, name):
+    monkeypatch.setattr(socket, "socket", None)
+    fails(lambda: ClipReader(name), name, "hub:NAME", "nothing there")
 
 
 @pytest.fixture(scope="module")
