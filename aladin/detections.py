@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .config import DataSettings
 from .files import InputError, atomic_dir, atomic_write, check_output_dir, locked, new_array_file, read_json
-from .data import captions_file, open_split, read_captions, report
+from .data import captions_file, open_split, read_captions
 from .model import hash_weights
-from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry
+from .regions import open_regions, Detections, Regions, RegionStore, _check_detections, _starts, _write_store, box_geometry, report_empty
 
 # %% ../nbs/14_detections.ipynb #8633957a
 def _array(kind, shape, typecode):
@@ -129,11 +129,6 @@ class DeticShelve(Regions):
         for a in self.detections.arrays().values(): digest.update(np.ascontiguousarray(a))
         return digest.hexdigest()[:16]
 
-def _report_dropped(ids, what):
-    "Report the images that are left out, the first twenty by name."
-    names = ", ".join(ids[:20]) + " ..."*(len(ids) > 20)
-    if ids: report(f"{len(ids)} images without {what} are left out: {names}")
-
 def convert_detections(
     path, # the shelve's name, without .dat, .dir or .db
     out, # the store's folder, to be made
@@ -146,7 +141,7 @@ def convert_detections(
     Raises `InputError` for a file that could run code."""
     check_output_dir(out, overwrite, "store.json")
     source = DeticShelve(path, progress)
-    _report_dropped(source.empty, "Detic detections")
+    report_empty(source.path, source.empty)
     with atomic_dir(out, overwrite, "store.json") as part: _write_store(source, part, np.dtype(dtype), progress)
     return RegionStore(out)
 
@@ -233,7 +228,7 @@ class MergedRegions(Regions):
         both = source.startswith("det+fast")
         self.ids = [i for i in ids if any(i in o for o in needed.values() if o is not None) and (not both or i in fast)]
         self.empty = set(ids) - set(self.ids)
-        _report_dropped([i for i in ids if i in self.empty], "detections")
+        report_empty(self.path, [i for i in ids if i in self.empty])
         self.detic_dim = detic.dim if source in ("det_padded", "det+fast") else 0
         padded = width or (fast.dim if fast is not None else 2054)
         self._start = 0 if padded > self.detic_dim else self.detic_dim
