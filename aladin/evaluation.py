@@ -27,17 +27,17 @@ def image_to_text_ranks(
     caption_image:Tensor, # row of each caption's image, [captions]
 )->np.ndarray: # [images that have captions]
     "Rank of each image's best own caption among all captions; an image without captions is no query."
-    own = caption_image[None] == torch.arange(len(scores))[:, None]
+    own = caption_image[None].to(scores.device) == torch.arange(len(scores), device=scores.device)[:, None]
     best = scores.masked_fill(~own, -torch.inf).max(1).values[:, None]
-    return ((scores > best).sum(1) + ((scores == best) & ~own).sum(1)//2)[own.any(1)].numpy()
+    return ((scores > best).sum(1) + ((scores == best) & ~own).sum(1)//2)[own.any(1)].cpu().numpy()
 
 def text_to_image_ranks(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
 )->np.ndarray: # [captions]
     "Rank of each caption's image among all images."
-    right = scores.gather(0, caption_image[None])
-    return ((scores > right).sum(0) + ((scores == right).sum(0) - 1)//2).numpy()
+    right = scores.gather(0, caption_image[None].to(scores.device))
+    return ((scores > right).sum(0) + ((scores == right).sum(0) - 1)//2).cpu().numpy()
 
 # %% ../nbs/11_evaluation.ipynb #b8f71476
 def rank_metrics(

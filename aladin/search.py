@@ -354,6 +354,7 @@ def search_all(self:SearchIndex,
     explain:bool=False, # tell the alignment behind each answer
 )->list: # of lists of `Hit`, best first
     "Find pictures for each text; raises `InputError` for an empty one."
+    if not texts: return []
     vectors,words,pieces = self.encoder(texts)
     def hit(query, i, cosine, place, score): return Hit(i, i, score, cosine, None, self._alignment(place, words[query], pieces[query]) if explain else None)
     best = self._best("images", vectors, lambda query,regions: self._scores(regions, words[[query]])[:, 0], k, rerank)

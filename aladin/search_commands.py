@@ -104,8 +104,17 @@ def _index(a):
     print(f"{a.out}: {len(index)} pictures, {len(index.engines['captions'])} captions; a picture takes {vectors/n:,.0f} bytes of vector and {sets/n:,.0f} of region set")
     index.close()
 
+_EXPORTED = dict(hdf5=["index.h5"], parquet=["images.parquet", "captions.parquet"],
+                 onnx=["caption_encoder.onnx", "caption_encoder.int8.onnx", "tokenizer.json", "caption_encoder.json"])
+
+def _check_new(out, names, force):
+    "Refuse to replace files unasked, before the work begins."
+    there = [n for n in names if (Path(out)/n).exists()]
+    if there and not force: raise InputError(out, "output folder", f"no {' or '.join(names)} yet", ", ".join(there), "choose another folder, or add --force to replace them")
+
 def _export(a):
     from aladin.export import export_hdf5, export_onnx, export_parquet
+    _check_new(a.out, [n for f in a.format for n in _EXPORTED[f]], a.force)
     index,out = open_index(a.index, a.model),Path(a.out)
     if "hdf5" in a.format: export_hdf5(index, out/"index.h5")
     if "parquet" in a.format: export_parquet(index, out)
@@ -122,6 +131,7 @@ def _search_study(a):
     from aladin.model import load_model
     from aladin.recall_study import write_study
     from aladin.search import SearchIndex
+    _check_new(a.out, ["search.md", "search.csv", "search.json", "search.png"], a.force)
     model,tokenizer = load_model(a.model),load_tokenizer(a.model)
     test = _pictures_of(a.data, model, tokenizer, a.split, a.keys, a.features)
     training = Path(a.model).parent/"training.json"
@@ -226,12 +236,14 @@ def add_search_commands(
     p.add_argument("--index", required=True, metavar="DIR", help="made by aladin index")
     p.add_argument("--model", metavar="DIR", help="model folder (default: the one that the index was built with)")
     p.add_argument("--format", nargs="+", choices=("hdf5", "parquet", "onnx"), default=["hdf5", "parquet", "onnx"], help="what to write (default: all)")
+    p.add_argument("--force", action="store_true", help="replace an export that is there")
     p.add_argument("--checked", type=int, default=1000, metavar="N", help="captions of the index whose recall tells what int8 loses (default: 1000)")
     options(p, "out", "seed")
     p = command(_search_study, "recall and time of two-stage search over the number of candidates, beside the full alignment head", "  aladin search-study --model results/scenes/alad-alignment-and-matching-distill/seed-88/model --data results/scenes/data --name scenes --out results/scenes")
     p.add_argument("--model", required=True, metavar="DIR", help="model folder")
     p.add_argument("--split", default="test", choices=("train", "minival", "test"), help="the split to search (default: test)")
     p.add_argument("--name", help="name of the data set in the table (default: its folder's)")
+    p.add_argument("--force", action="store_true", help="replace a study that is there")
     options(p, "data", "features", "keys", "out", "seed")
     p = command(_search, "find the pictures that a text tells of, or the captions of a picture", "  aladin search 'two dogs on a beach' --index pictures.index --show answers.html\n  aladin search --index pictures.index --json < queries.txt\n  aladin search --index pictures.index --image 42")
     p.add_argument("text", nargs="*", metavar="TEXT", help="what the pictures should show, in quotes; none: read from standard input, one a line")

@@ -102,6 +102,14 @@ def test_files_that_aladin_did_not_write_stay(made, tmp_path, command, capsys):
     assert status == 2 and mine.read_text() == "mine", said(capsys)
 
 
+@pytest.mark.parametrize("words, name", [(["export", "--format", "hdf5", "parquet", "--index", "{made}/index"], "index.h5"),
+                                         (["search-study", "--model", "{made}/model", "--data", "{made}/data"], "search.json")])
+def test_exports_and_studies_are_not_replaced_unasked(made, tmp_path, capsys, words, name):
+    (tmp_path/name).write_text("mine")
+    assert main([*(w.format(made=made) for w in words), "--out", str(tmp_path)]) == 2
+    assert name in said(capsys) and (tmp_path/name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_called_part_beside_the_output_stays(made, tmp_path):
     for name in ("prepared.part", "model.part"):
         (tmp_path/name).mkdir()
@@ -352,6 +360,9 @@ def test_numbers_out_of_range_are_refused_by_name(command, option, capsys):
     for value in (lowest - 1, "much", "nan"):
         with pytest.raises(SystemExit) as stop: main([command, option, str(value)])
         assert stop.value.code == 2 and f"argument {option}" in said(capsys).replace("argument -k", f"argument {option}")
+
+
+def test_no_queries(made): assert SearchIndex.open(made/"index", made/"model").search_all([]) == []
 
 
 def test_there_are_numbers(): assert len(options()) > 20
