@@ -346,8 +346,9 @@ class TsvRegions(Regions):
         image_id, # int or str
     )->int:
         "The box count of an image, from the beginning of its row."
-        line = self._tsv._line(self._row(image_id), limit=200)
-        return self._count(str(image_id), line.decode("utf-8", "replace").split("\t"))
+        row, image_id = self._row(image_id), str(image_id)
+        line = self._tsv._line(row, limit=len(image_id.encode()) + 200)
+        return self._count(image_id, line.decode("utf-8", "replace").split("\t"))
 
     @property
     def fingerprint(self)->str: # 16 hexadecimal digits
