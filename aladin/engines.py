@@ -17,25 +17,65 @@ from torch import Tensor
 
 from .files import InputError, atomic_dir, read_json
 from .data import Ragged
+from .regions import check_offsets, map_array
 
 # %% ../nbs/12_engines.ipynb #5c66f809
+_AGAIN = "copy the folder of the index whole, or build it again"
+
+def _texts(value):
+    "Whether a value is a list of texts."
+    return isinstance(value, list) and all(isinstance(o, str) for o in value)
+
+def _read_about(path, keys):
+    "segment.json, checked: as many owners, texts and tags as ids, or what is deleted."
+    about = read_json(path, "a segment of an index")
+    def need(fits, key, expected): # the file's content is not printed
+        if not fits: raise InputError(path, key, expected, "something else", _AGAIN)
+    need(isinstance(about, dict), "file", "an object")
+    if "deleted" in about: need(_texts(about["deleted"]), "deleted", "a list of ids")
+    if "ids" not in about and "deleted" in about: return about
+    need(_texts(about.get("ids")) and len(set(about["ids"])) == len(about["ids"]), "ids", "a list of different ids")
+    need(_texts(about.get("owners")) and len(about["owners"]) == len(about["ids"]), "owners", "an id for each item")
+    for key in keys: need(key in about, key, "this key")
+    need(isinstance(about.get("source", ""), str), "source", "text")
+    texts,tags = about.get("texts"),about.get("tags")
+    if "texts" in about: need(_texts(texts) and len(texts) == len(about["ids"]), "texts", "a text for each item")
+    each = isinstance(tags, list) and len(tags) == len(about["ids"]) and all(o is None or _texts(o) for o in tags)
+    if "tags" in about: need(each, "tags", "a list of texts, or null, for each item")
+    return about
+
+# %% ../nbs/12_engines.ipynb #5c66f80a
 class Segment:
-    "Some items of an index, written once: sets (float16), vectors and what is told of each item."
+    """Some items of an index, written once: sets (float16), vectors and what is told of each item.
+
+    Raises `InputError` for files that are missing, of another shape or do not fit together."""
     def __init__(self,
         folder, # its folder
+        keys:tuple=(), # what segment.json must have beside ids and owners, such as tags
+        dim:int|None=None, # width of vectors and sets, where it is known
     ):
         self.folder = Path(folder)
+        self.about = _read_about(self.folder/"segment.json", keys) # ids, owners, source, texts or tags; or deleted
+        if "ids" in self.about: self._check(len(self.about["ids"]), dim)
+
+    def _check(self, items, dim):
+        "Look at the shapes of all arrays; they are mapped again when they are needed, to keep few files open."
+        def mapped(name, *about): return map_array(self.folder/f"{name}.npy", *about, _AGAIN)
+        self.offsets = np.array(mapped("offsets", "int64", (items + 1,)))
+        self.dim = mapped("vectors", "float32", (items, dim)).shape[1]
+        rows = len(mapped("sets", "float16", (None, self.dim)))
+        check_offsets(self.folder/"offsets.npy", self.offsets, rows, _AGAIN)
+        if "tags" not in self.about: return
+        mapped("boxes", "float32", (rows, 4))
+        for i,(tags,length) in enumerate(zip(self.about["tags"], np.diff(self.offsets))):
+            if tags is not None and len(tags) != length:
+                expected = f"{length} tags, one a region"
+                raise InputError(self.folder/"segment.json", f"tags, item {i}", expected, len(tags), _AGAIN)
 
     def _map(self, name): return np.load(self.folder/f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
-    def about(self)->dict:
-        "ids, owners, source and, by kind, texts or tags; deleted alone for a deletion."
-        return read_json(self.folder/"segment.json")
-    @cached_property
-    def offsets(self)->np.ndarray: return np.load(self.folder/"offsets.npy", allow_pickle=False)
-    @cached_property
-    def sets(self): return self._map("sets") if self.offsets[-1] else np.zeros((0, self.vectors.shape[1]), np.float16)
+    def sets(self): return self._map("sets") if self.offsets[-1] else np.zeros((0, self.dim), np.float16)
     @cached_property
     def vectors(self): return self._map("vectors")
     @cached_property
@@ -43,7 +83,15 @@ class Segment:
 
     def rows(self, row)->slice:
         "Where the set of an item lies."
-        return slice(*self.offsets[row:row+2].tolist())
+        if 0 <= row < len(self.offsets) - 1: return slice(*self.offsets[row:row+2].tolist())
+        expected = f"an item below {len(self.offsets) - 1}, where the engine refers to"
+        raise InputError(self.folder, "items", expected, row, "build the index again")
+
+# %% ../nbs/12_engines.ipynb #5c66f80b
+def _check_finite(path, numbers):
+    "Refuse NaN, which would win every comparison."
+    if torch.isfinite(numbers).all(): return
+    raise InputError(path, "vectors and sets", "finite numbers", "NaN or infinity", "build the index again")
 
 _SEGMENT_NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 
@@ -51,8 +99,10 @@ class SetStore:
     "The segments of one kind of items; `path` need not be there yet."
     def __init__(self,
         path, # folder of the segments
+        keys:tuple=(), # as in `Segment`
+        dim:int|None=None, # as in `Segment`
     ):
-        self.path,self._open = Path(path),{}
+        self.path,self.keys,self.dim,self._open = Path(path),keys,dim,{}
 
     def names(self)->list:
         "The segments that are there, oldest first. Whatever else lies in the folder is ignored."
@@ -66,10 +116,10 @@ class SetStore:
     def segment(self,
         name:str, # of a segment
     )->Segment:
-        "A segment, opened once; raises `InputError` when it is not there."
+        "A segment, opened and checked once; raises `InputError` when it is not there or damaged."
         if name not in self._open:
             if not (self.path/name/"segment.json").is_file(): raise InputError(self.path/name, "segment", "the sets that the engine refers to", "nothing there", "copy the folder of the index whole, or build it again")
-            self._open[name] = Segment(self.path/name)
+            self._open[name] = Segment(self.path/name, self.keys, self.dim)
         return self._open[name]
 
     def write(self,
@@ -88,7 +138,9 @@ class SetStore:
     )->Ragged: # float32 [total rows, dim]
         "The sets at these places."
         found = [(s := self.segment(name)).sets[s.rows(row)] for name,row in places]
-        return Ragged(torch.from_numpy(np.concatenate(found).astype(np.float32)), torch.tensor([len(o) for o in found]))
+        values = torch.from_numpy(np.concatenate(found).astype(np.float32))
+        _check_finite(self.path, values)
+        return Ragged(values, torch.tensor([len(o) for o in found]))
 
     def live(self):
         "The items that count, segment by segment: neither replaced nor deleted since."
@@ -182,6 +234,7 @@ class ExactEngine:
             for name,pairs in rows.items():
                 at,row = zip(*pairs)
                 self._vectors[list(at)] = torch.from_numpy(self.store.segment(name).vectors[list(row)])
+            _check_finite(self.store.path, self._vectors)
         return self._vectors
 
     def search(self,

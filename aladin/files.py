@@ -8,7 +8,7 @@ __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale',
            'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml']
 
 # %% ../nbs/00_files.ipynb #c1a71117
-import ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
+import codecs, ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -332,7 +332,7 @@ def describe_format(
 
 def _describe_text(text, head):
     "What kind of text it is."
-    try: head[:-4].decode("utf-8-sig")
+    try: codecs.getincrementaldecoder("utf-8")().decode(head) # the last character may be cut off
     except UnicodeDecodeError: return "text that is not UTF-8"
     first = text.split("\n")[0]
     if text[:1] in "{[":
@@ -417,7 +417,7 @@ def read_yaml(
     except yaml.MarkedYAMLError as e:
         line = f"line {e.problem_mark.line + 1}" if e.problem_mark else "file"
         raise InputError(path, line, "YAML", e.problem or "a syntax error", "correct the syntax") from None
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError) as e:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError, LookupError, AttributeError) as e:
         if isinstance(e, InputError): raise
         raise InputError(path, "file", "YAML", f"{type(e).__name__}: {e}", "correct the syntax") from None
     if value is None: return {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_fingerprint', 'model_settings', 'CaptionEncoder', 'region_boxes', 'region_tags', 'Alignment', 'Hit',
-           'SearchIndex']
+           'SearchIndex', 'read_index']
 
 # %% ../nbs/12_search.ipynb #aa7ae710
 import copy, hashlib, inspect, json, tempfile, uuid
@@ -119,7 +119,7 @@ class Hit:
 
 # %% ../nbs/12_search.ipynb #df420b7e
 _FORMAT,_VERSION = "aladin-index",1
-_KINDS = ("images", "captions")
+_KINDS = dict(images="tags", captions="texts") # what each item has
 
 def _in_order(lengths, batch_size):
     "Batches of items of similar length."
@@ -142,11 +142,14 @@ class SearchIndex:
         encoder:CaptionEncoder, # of the model that the index was built with
     ):
         self.folder,self.encoder = Path(folder),encoder
-        self.info = _read_index(self.folder)
+        self.info = read_index(self.folder)
         self.model = encoder.model
         found = model_fingerprint(self.model, encoder.tokenizer)
         if found != self.info["model"]: raise InputError(self.folder/"index.json", "model", f"the model that the index was built with ({self.info['model']})", f"another one ({found})", "search with that model, or build the index again")
-        self.stores = {kind: SetStore(self.folder/kind) for kind in _KINDS}
+        if self.info["dim"] != self.model.config.hidden_size:
+            expected = f"{self.model.config.hidden_size}, the model's width"
+            raise InputError(self.folder/"index.json", "dim", expected, self.info["dim"], "build the index again")
+        self.stores = {kind: SetStore(self.folder/kind, (of, "source"), self.info["dim"]) for kind,of in _KINDS.items()}
         self.engines = {kind: self._engine(kind) for kind in _KINDS}
 
     @classmethod
@@ -159,7 +162,7 @@ class SearchIndex:
         "An empty index; raises `InputError` for a folder with other files."
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()): raise InputError(folder, "output folder", "an empty folder", "other files", "choose another folder")
-        if engine not in ("exact", "milvus") and "://" not in engine: raise InputError(folder, "engine", "exact, milvus or the address of a server, such as http://localhost:19530", engine, "choose one of these")
+        _check_engine(folder, engine, "choose one of these")
         write_json(folder/"index.json", dict(format=_FORMAT, version=_VERSION, model=model_fingerprint(encoder.model, encoder.tokenizer), dim=encoder.model.config.hidden_size,
                                              engine=engine, approximate=approximate, name=uuid.uuid4().hex[:12]))
         try: return cls(folder, encoder)
@@ -222,13 +225,30 @@ class SearchIndex:
             if hasattr(engine, "close"): engine.close()
 
 # %% ../nbs/12_search.ipynb #a03abb91
-def _read_index(folder):
-    "index.json, checked."
-    path,fix = folder/"index.json","choose the folder of an index, or build one with aladin index"
-    info = read_json(path)
-    if not isinstance(info, dict) or info.get("format") != _FORMAT: raise InputError(path, "format", _FORMAT, repr(info.get("format")) if isinstance(info, dict) else "no object", fix)
-    if info.get("version") != _VERSION: raise InputError(path, "version", _VERSION, info.get("version"), "update aladin, or build the index again")
-    if missing := {"model", "dim", "engine", "approximate", "name"} - set(info): raise InputError(path, "keys", "model, dim, engine, approximate, name", f"no {', '.join(sorted(missing))}", fix)
+def _check_engine(path, engine, fix):
+    "Refuse what is neither an engine nor the address of one."
+    if isinstance(engine, str) and (engine in ("exact", "milvus") or "://" in engine): return
+    expected = "exact, milvus or the address of a server, such as http://localhost:19530"
+    raise InputError(path, "engine", expected, repr(engine), fix)
+
+def read_index(
+    folder, # of an index
+)->dict: # format, version, model, dim, engine, approximate, name and perhaps model_folder and data
+    "What index.json says. Raises `InputError` for a folder that is no index and for values of other types."
+    path,fix = Path(folder)/"index.json","choose the folder of an index, or build one with aladin index"
+    info = read_json(path, "the description of an index")
+    if not isinstance(info, dict) or info.get("format") != _FORMAT:
+        found = repr(info.get("format")) if isinstance(info, dict) else "no object"
+        raise InputError(path, "format", _FORMAT, found, fix)
+    if info.get("version") != _VERSION:
+        raise InputError(path, "version", _VERSION, info.get("version"), "update aladin, or build the index again")
+    types = dict(model=str, dim=int, engine=str, approximate=bool, name=str)
+    if missing := set(types) - set(info):
+        raise InputError(path, "keys", "model, dim, engine, approximate, name", f"no {', '.join(sorted(missing))}", fix)
+    for key,kind in (types | dict(model_folder=str, data=str)).items():
+        if key in info and type(info[key]) is not kind:
+            raise InputError(path, key, f"a value of type {kind.__name__}", f"a {type(info[key]).__name__}", fix)
+    _check_engine(path, info["engine"], fix)
     return info
 
 # %% ../nbs/12_search.ipynb #a7795879

@@ -50,15 +50,16 @@ def _clip_of(model_folder, data):
     "What reads the captions of a model that leaves them to CLIP."
     from aladin.detections import ClipReader
     config = read_json(Path(model_folder)/"config.json")
-    if config.get("caption_reader") == "clip": return ClipReader(config.get("clip") or Path(data)/"clip")
+    if not isinstance(config, dict) or config.get("caption_reader") != "clip": return None
+    return ClipReader(config.get("clip") or Path(data)/"clip")
 
 def open_index(
     folder, # of the index
     model=None, # folder of its model; the one it was built with when not given
 ):
     "A `SearchIndex` as the commands made it; raises `InputError` when its model has gone elsewhere."
-    from aladin.search import SearchIndex
-    about = read_json(Path(folder)/"index.json")
+    from aladin.search import SearchIndex, read_index
+    about = read_index(folder)
     model = model or about.get("model_folder")
     if not model or not Path(model).is_dir(): raise InputError(Path(folder)/"index.json", "model_folder", "the folder of the model that the index was built with", f"{model}, which is not there" if model else "none", "name it with --model")
     return SearchIndex.open(folder, model, _clip_of(model, about.get("data", "")))

@@ -1,5 +1,5 @@
 "Models of any width, bounds of every number, and files that are read whole or refused: each error names the file, the place and a fix."
-import argparse, json, os, re
+import argparse, base64, json, os, re
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
@@ -18,7 +18,7 @@ from aladin.evaluation import bootstrap_intervals, caption_relevance, image_to_t
 from aladin.files import InputError
 from aladin.graph import experiment_config, experiments_dir
 from aladin.manifests import load_manifest
-from aladin.model import AladinConfig, AladinModel, default_device, evaluating, load_model, select_device
+from aladin.model import AladinConfig, AladinModel, default_device, evaluating, load_model, save_model, select_device
 from aladin.scenes import write_scenes
 from aladin.search import CaptionEncoder
 
@@ -159,7 +159,7 @@ def test_a_name_that_leads_elsewhere(name): fails(lambda: config_from_dict(dict(
 @pytest.mark.parametrize("text, where", [
     ("grd_clip: 2\n3: x", "key 3"), ("training: {3: 1}", "key 3 in training"), ("loss: {terms: [[x]]}", "loss.terms"), ("loss: {weights: [[1.0]]}", "loss.weights"),
     ("loss: {weights: {a: 1}}", "loss.weights"), ("loss: {measure: order}", "loss.measure"), ("training: {lr: .nan}", "training.lr"), ("[a, b]", "top level"),
-    ("training: {pretrain_losses: words}", "training.pretrain_losses"), ("a: &x [*x]", "a.0"), ("a: [", "line"), ("model: {clamp: [never]}", "model.clamp"),
+    ("training: {pretrain_losses: words}", "training.pretrain_losses"), ("a: &x [*x]", "a.0"), ("a: [", "line"), ("seed: !!int", "file"), ("seed: !!bool x", "file"), ("seed: !!timestamp x", "file"), ("model: {clamp: [never]}", "model.clamp"),
     ("dataset: {}\ntraining: {loss-type: 3}", "training.loss-type"), ("dataset: {}\ntraining: {measure: order}", "training.measure"), ("dataset: {}\ntraining: {bs: -1}", "training.bs"),
     ("dataset: {}\ntraining: [1]", "training"), ("dataset: {}\nmodel: {name: [teran]}", "model.name"), ("dataset: {}\nmodel: {embed-size: 0}", "model.embed-size")])
 def test_a_configuration_that_does_not_fit(tmp_path, text, where):
@@ -345,6 +345,31 @@ def test_a_vocabulary_of_another_kind(tmp_path, content, found):
 def test_a_vocabulary_with_a_mark(tmp_path):
     (tmp_path/"vocab.txt").write_text("\r\n".join(WORDS), encoding="utf-8-sig")
     assert load_tokenizer(tmp_path).convert_tokens_to_ids(["[PAD]", "fish"]) == [0, 6]
+
+
+def test_ids_of_any_length(tmp_path, capsys):
+    "Ids of 300 bytes in every file, through the commands."
+    ids = ["é"*150 + str(k) for k in range(3)]
+    folder = tmp_path/"data"
+    folder.mkdir()
+    block = base64.b64encode(np.full((2, 10), .5, "<f4").tobytes()).decode()
+    rows = [f"{i}\t2\t{block}\n".encode() for i in ids]
+    (folder/"features.tsv").write_bytes(b"".join(rows))
+    (folder/"features.lineidx").write_text("".join(f"{k*len(rows[0])}\n" for k in range(3)))
+    (folder/"imageid2idx.json").write_text(json.dumps({i: k for k, i in enumerate(ids)}))
+    boxes = json.dumps(dict(image_w=9, image_h=9, objects=[{"class": "fish", "rect": [0, 0, 9, 9], "conf": 1}]*2))
+    (folder/"predictions.tsv").write_text("".join(f"{i}\t{boxes}\n" for i in ids), encoding="utf-8")
+    (folder/"test_captions.json").write_text(json.dumps({i: ["a fish"] for i in ids}))
+    (folder/"keys.tsv").write_text("\n".join(ids[1:]), encoding="utf-8")
+    (folder/"vocab.txt").write_text("\n".join(WORDS))
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    save_model(AladinModel(AladinConfig(**sizes, region_dim=10, max_tokens=9)), folder/"vocab.txt", tmp_path/"model")
+    common = ["--model", str(tmp_path/"model"), "--data", str(folder), "--keys", "keys.tsv"]
+    assert main(["encode", *common, "--out", str(tmp_path/"e.safetensors")]) == 0 and load_embeddings(tmp_path/"e.safetensors").image_ids == ids[1:]
+    assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors"), "--keys", str(folder/"keys.tsv")]) == 0
+    assert main(["index", *common, "--out", str(tmp_path/"index")]) == 0 and main(["search", "a fish", "--index", str(tmp_path/"index")]) == 0
+    assert ids[1] in capsys.readouterr().out
 
 
 # Embedding files

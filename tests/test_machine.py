@@ -19,7 +19,7 @@ from aladin.detections import ClipReader, make_clip
 from aladin.embeddings import load_embeddings
 from aladin.experiments import prepare_data, train_run
 from aladin.files import InputError, locked, read_json
-from aladin.graph import experiment_config, run_results
+from aladin.graph import _with_home, experiment_config, run_results
 from aladin.search import SearchIndex
 from small_inputs import ids_of, write_data, write_model
 
@@ -213,13 +213,18 @@ def test_files_follow_the_umask(made, tmp_path, umask, mode):
     assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in files} == {p.name: oct(mode) for p in files}
 
 
-@pytest.mark.parametrize("home", ["/proc/none", None], ids=["unwritable", "missing"])
-def test_results_without_a_home(tmp_path, home):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")} | (dict(HOME=home) if home else {})
-    if home: environment["HOME"] = home
+def test_results_without_a_home(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"} | dict(HOME="/proc/none")
     done = run("results", "--size", "tiny", "--configuration", "alad-matching-triplet-e2e", "--jobs", "2", "--out", tmp_path, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert (tmp_path/"scenes-tiny"/"table.md").exists()
+
+
+def test_a_home_of_the_run_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/none")
+    assert Path(_with_home(tmp_path)["HOME"]) == tmp_path/".home" and (tmp_path/".home").is_dir()
+    monkeypatch.delenv("HOME")  # then the system's own record of it counts
+    assert "HOME" not in _with_home(tmp_path) or Path(_with_home(tmp_path)["HOME"]) == tmp_path/".home"
 
 
 COMMANDS_THAT_WRITE = {
