@@ -161,6 +161,9 @@ def _stage(a):
     from aladin.graph import end_with_parent, run_stage
     end_with_parent(parent=int(os.environ.get("ALADIN_PARENT") or 0))
     graph = read_json(a.graph)
+    if not isinstance(graph, dict) or not {"cwd", "folder", "name", "prepare", "pretraining", "runs"} <= set(graph):
+        raise InputError(a.graph, "file", "the graph of aladin results", "other JSON", "name the graph.json that aladin results wrote")
+    if a.of and a.of not in {**graph["runs"], **graph["pretraining"]}: raise InputError(a.graph, "--run", "a run of the graph", a.of, "name one of its runs")
     os.chdir(graph["cwd"])
     run_stage(graph, a.stage, a.of, say=lambda line: print(line, flush=True))
 

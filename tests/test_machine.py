@@ -269,6 +269,11 @@ def test_a_folder_where_a_file_is_expected(made, tmp_path, capsys):
         assert main(words) == 2 and str(tmp_path) in said(capsys), words
 
 
+def test_a_stage_of_something_else(tmp_path, capsys):
+    (tmp_path/"graph.json").write_text('{"a": 1}')
+    assert main(["stage", "--graph", str(tmp_path/"graph.json"), "report"]) == 2 and "graph.json" in said(capsys)
+
+
 def test_links_as_outputs(made, tmp_path):
     "What is written lies where the link points to, and the link stays."
     golden = Path(__file__).parent/"golden"/"v1"
