@@ -68,7 +68,8 @@ def atomic_write(
 ):
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it fails.
 
-    The file gets the permissions that the umask gives, whatever the library that wrote it chose. Raises `InputError` for a folder."""
+    The file gets the permissions that the umask gives, whatever the library that wrote it chose. Raises `InputError`
+    for a folder."""
     path = Path(os.path.realpath(path))
     if path.is_dir(): raise InputError(path, "output", "the name of a file", "a folder", "choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,13 +88,14 @@ def atomic_write(
 
 def _disk_error(error, path):
     "An `OSError` with the name of the file, for errors of the disk that come without one; None for other errors."
-    if isinstance(error, OSError) and error.filename is None and error.errno: return OSError(error.errno, os.strerror(error.errno), str(path))
+    if isinstance(error, OSError) and error.filename is None and error.errno:
+        return OSError(error.errno, os.strerror(error.errno), str(path))
     if code := re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None:
         return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
 
 # %% ../nbs/00_files.ipynb #d054b04e
 def _try_lock(handle):
-    "Take an exclusive lock on an open file or folder. False where another process has it, or where the file system has no locks."
+    "Take an exclusive lock on an open file or folder; False where another process has it, or there are no locks."
     try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: return False
     return True
@@ -101,7 +103,7 @@ def _try_lock(handle):
 def remove_if_stale(
     part, # any file or folder
 ):
-    "Remove a temporary folder that a killed process left. What a process is writing to stays, and what aladin did not make."
+    "Remove a temporary folder of a killed process; what a process is writing to and what aladin did not make stay."
     if not re.fullmatch(r"\..*\.\d+-[0-9a-f]{8}\.part", part.name) or part.is_symlink() or not part.is_dir(): return
     handle = os.open(part, os.O_RDONLY)
     try:
@@ -160,14 +162,19 @@ def check_output_dir(
     overwrite:bool=False, # may it hold files that will be replaced?
     mark:str="", # with overwrite: a file that shows that aladin wrote what is there, such as store.json
 ):
-    "Refuse, before the work begins, an output folder that could not take what is written: a file, a mount point, a folder with files."
+    """Refuse, before the work begins, an output folder that could not take what is written.
+
+    Raises `InputError` for a file, a mount point, and a folder with files."""
     path = Path(os.path.realpath(path))
     if not path.exists(): return
     what = "output folder"
     if not path.is_dir(): raise InputError(path, what, "a folder, or nothing", "a file", "choose another name")
-    if os.path.ismount(path): raise InputError(path, what, "a folder that can be renamed", "a mount point", f"name a folder inside it, such as {path/'data'}")
+    if os.path.ismount(path):
+        fix = f"name a folder inside it, such as {path/'data'}"
+        raise InputError(path, what, "a folder that can be renamed", "a mount point", fix)
     if overwrite and mark and any(path.iterdir()) and not (path/mark).exists():
-        raise InputError(path, what, f"an empty folder, or one that aladin wrote (with {mark}) to replace", "other files", "choose another folder")
+        expected = f"an empty folder, or one that aladin wrote (with {mark}) to replace"
+        raise InputError(path, what, expected, "other files", "choose another folder")
     if not overwrite and any(path.iterdir()):
         raise InputError(path, what, "a folder that is empty or not there yet", "a folder with files in it",
                          "choose another folder, or ask for overwriting where the command offers it")
@@ -189,8 +196,9 @@ def atomic_dir(
     overwrite:bool=False, # replace a folder that is already there?
     mark:str="", # with overwrite: replace only a folder that holds this file
 ):
-    """Yield a new folder; rename it to `path` when the block succeeds, remove it when it fails. An older folder stays until then.
+    """Yield a new folder; rename it to `path` when the block succeeds, remove it when it fails.
 
+    An older folder stays until then.
     Raises `InputError` for a `path` that `check_output_dir` refuses."""
     path = Path(os.path.realpath(path))
     check_output_dir(path, overwrite, mark)
@@ -241,7 +249,8 @@ def reserve(
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): raise
         free = shutil.disk_usage(Path(path).parent).free
-        raise InputError(path, "disk", f"room for {size:,} bytes", f"{os.strerror(e.errno)}, {free:,} bytes free", "make room, or choose another disk") from None
+        found = f"{os.strerror(e.errno)}, {free:,} bytes free"
+        raise InputError(path, "disk", f"room for {size:,} bytes", found, "make room, or choose another disk") from None
 
 def new_array_file(
     path, # the .npy file to make
@@ -251,7 +260,8 @@ def new_array_file(
     "A .npy file of zeros, mapped for writing, with its room reserved. Raises `InputError` where the disk is too small."
     dtype = np.dtype(dtype)
     with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=tuple(shape)))
+        header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=tuple(shape))
+        np.lib.format.write_array_header_1_0(f, header)
         f.flush()
         reserve(path, f.fileno(), f.tell() + dtype.itemsize*int(np.prod(shape)))
     return np.load(path, mmap_mode="r+" if np.prod(shape) else None)
@@ -264,7 +274,7 @@ class Lock:
     left:str # what a killed process had written into the lock file; "" where the last one ended by itself
 
 def _open_lock(path, wait, patience=1.):
-    "The open lock file, and whether this process has the lock. A process that is just being ended gets a second for it."
+    "The open lock file, and whether this process has the lock. A process that is being ended is given a second."
     until = time.monotonic() + patience
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -291,7 +301,9 @@ def locked(
     handle, own = _open_lock(path, wait)
     try:
         before = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
-        if not own: raise InputError(path, "lock", f"no other process {what}", before or "another process", "wait until it has ended, or write somewhere else")
+        if not own:
+            fix = "wait until it has ended, or write somewhere else"
+            raise InputError(path, "lock", f"no other process {what}", before or "another process", fix)
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         text = f"process {os.getpid()} on {socket.gethostname()} since {now}: {' '.join(sys.argv)[:300]}\n".encode()
         os.ftruncate(handle, os.pwrite(handle, text, 0))
@@ -309,9 +321,10 @@ def report(
     if os.environ.get("RANK", "0") == "0": print(f"aladin: {message}", file=sys.stderr)
 
 # %% ../nbs/00_files.ipynb #696e5858
-_MAGIC = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"PK\x03\x04": "a zip archive, such as .npz or .pt",
-          b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5", b"\x93NUMPY": "a NumPy array", b"PAR1": "Parquet", b"SQLite format 3": "an SQLite database",
-          b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
+_MAGIC = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
+          b"PK\x03\x04": "a zip archive, such as .npz or .pt", b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5",
+          b"\x93NUMPY": "a NumPy array", b"PAR1": "Parquet", b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF",
+          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
           b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"BM": "a BMP picture"}
 
 def describe_format(
@@ -350,7 +363,9 @@ def read_text(
     what:str="a text file", # what it should be, for messages
     fix:str="check the path", # what to do where it is missing
 )->str:
-    "The text of a UTF-8 file, without a byte-order mark. Raises `InputError` for a missing file, a folder and another encoding."
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Raises `InputError` for a missing file, a folder and another encoding."""
     path = Path(path)
     try: return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError): raise InputError(path, "file", what, "nothing there", fix) from None
@@ -359,7 +374,8 @@ def read_text(
         if e.errno != errno.ENAMETOOLONG: raise
         raise InputError(path, "file", what, "a name that is too long for a file", fix) from None
     except UnicodeDecodeError as e:
-        raise InputError(path, f"byte {e.start}", f"{what}, in UTF-8", describe_format(path), "choose another file, or save this one as UTF-8") from None
+        fix = "choose another file, or save this one as UTF-8"
+        raise InputError(path, f"byte {e.start}", f"{what}, in UTF-8", describe_format(path), fix) from None
 
 def _plain(value):
     "What JSON can hold of a NumPy number or array, a tensor or a path."
@@ -389,20 +405,29 @@ def read_json(
     text = read_text(path, what)
     try: return json.loads(text, object_pairs_hook=unique)
     except InputError: raise
-    except json.JSONDecodeError as e: raise InputError(path, f"line {e.lineno}", what, f"{describe_format(path)}, {e.msg}", "write the file again") from None
-    except (RecursionError, ValueError) as e: raise InputError(path, "file", what, f"{type(e).__name__}: {e}", "write the file again") from None
+    except json.JSONDecodeError as e:
+        found = f"{describe_format(path)}, {e.msg}"
+        raise InputError(path, f"line {e.lineno}", what, found, "write the file again") from None
+    except (RecursionError, ValueError) as e:
+        raise InputError(path, "file", what, f"{type(e).__name__}: {e}", "write the file again") from None
 
 # %% ../nbs/00_files.ipynb #47fa7d6d
 def _check_yaml(path, value, where, above, most):
-    "Refuse keys that are not text, values that contain themselves, and files that expand to more than a configuration could hold."
+    "Refuse keys that are not text, values that contain themselves, and more values than a configuration could hold."
+    place = where or "top level"
     if not isinstance(value, (dict, list)): return most - 1
-    if id(value) in above: raise InputError(path, where or "top level", "values that end somewhere", "a value that contains itself", "write it out without the alias")
-    if most < 0: raise InputError(path, where or "top level", "at most 100,000 values", "more", "check the aliases in the file")
+    if id(value) in above:
+        fix = "write it out without the alias"
+        raise InputError(path, place, "values that end somewhere", "a value that contains itself", fix)
+    if most < 0: raise InputError(path, place, "at most 100,000 values", "more", "check the aliases in the file")
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, str): raise InputError(path, f"key {key!r}" + (f" in {where}" if where else ""), "keys that are text", type(key).__name__, "put the key in quotes, or correct it")
+            if isinstance(key, str): continue
+            at = f"key {key!r}" + (f" in {where}" if where else "")
+            raise InputError(path, at, "keys that are text", type(key).__name__, "put the key in quotes, or correct it")
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items: most = _check_yaml(path, item, f"{where}.{key}" if where else str(key), above | {id(value)}, most)
+    for key, item in items:
+        most = _check_yaml(path, item, f"{where}.{key}" if where else str(key), above | {id(value)}, most)
     return most - 1
 
 def read_yaml(
@@ -421,5 +446,7 @@ def read_yaml(
         if isinstance(e, InputError): raise
         raise InputError(path, "file", "YAML", f"{type(e).__name__}: {e}", "correct the syntax") from None
     if value is None: return {}
-    if not isinstance(value, dict): raise InputError(path, "top level", "a mapping of keys to values", f"a {type(value).__name__}", "write `key: value` lines")
+    if not isinstance(value, dict):
+        found = f"a {type(value).__name__}"
+        raise InputError(path, "top level", "a mapping of keys to values", found, "write `key: value` lines")
     return value

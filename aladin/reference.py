@@ -32,7 +32,8 @@ def head_figures(
     found = {}
     for part, label in _PARTS.items():
         if head not in (m := metrics.get(part) or {}): continue
-        for way in ("i2t", "t2i"): found |= {f"{label}{way} {_LABELS[k]}": v for k, v in m[head][way].items() if k in _LABELS}
+        for way in ("i2t", "t2i"):
+            found |= {f"{label}{way} {_LABELS[k]}": v for k, v in m[head][way].items() if k in _LABELS}
         found[f"{label}rsum"] = m[head]["rsum"]
     return found
 
@@ -45,7 +46,8 @@ def _same_study(metrics, other):
 
 def _outcome(ours, theirs):
     "What differs, in words."
-    differ = [f"{k} {theirs[k]:.2f} -> {v:.2f} ({v - theirs[k]:+.2f})" for k, v in ours.items() if k in theirs and v != theirs[k]]
+    changed = {k: v for k, v in ours.items() if k in theirs and v != theirs[k]}
+    differ = [f"{k} {theirs[k]:.2f} -> {v:.2f} ({v - theirs[k]:+.2f})" for k, v in changed.items()]
     absent = [k for k in ours if k not in theirs]
     return "; ".join(differ + [f"{len(absent)} figures that the reference lacks"]*bool(absent)) or "reproduced exactly"
 
@@ -54,10 +56,14 @@ def compare_runs(
     reference=None, # folder of the published runs; results/reference/<name of the data set> when not given
     runs=None, # which runs, as <configuration>/seed-<number>; all when not given
 )->pd.DataFrame: # configuration, seed, head, comparison: "reproduced exactly", or each figure that differs
-    "Compare runs with those of the reference that have the same settings; empty where there are none. Raises `InputError` for a folder without runs."
+    """Compare runs with those of the reference that have the same settings; empty where there are none.
+
+    Raises `InputError` for a folder without runs."""
     folder = Path(folder)
     paths = [folder/r/"metrics.json" for r in runs] if runs else sorted(folder.glob("*/seed-*/metrics.json"))
-    if not paths: raise InputError(folder, "folder", "runs with a metrics.json", "none", "name the folder of a data set that aladin results wrote, such as results/scenes")
+    if not paths:
+        fix = "name the folder of a data set that aladin results wrote, such as results/scenes"
+        raise InputError(folder, "folder", "runs with a metrics.json", "none", fix)
     rows = []
     for path in paths:
         ours = read_json(path)
