@@ -273,6 +273,11 @@ class Lock:
     handle:int # file descriptor; a child process that inherits it holds the lock too
     left:str # what a killed process had written into the lock file; "" where the last one ended by itself
 
+def _holder_ended(handle):
+    "Has the process that the lock file names ended? A child of it that still has the lock is ending too."
+    found = re.match(r"process (\d+) on (\S+)", os.pread(handle, 300, 0).decode("utf-8", "replace"))
+    return bool(found) and found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()
+
 def _open_lock(path, wait, patience=1.):
     "The open lock file, and whether this process has the lock. A process that is being ended is given a second."
     until = time.monotonic() + patience
@@ -280,7 +285,7 @@ def _open_lock(path, wait, patience=1.):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            if time.monotonic() > until: return handle, False
+            if time.monotonic() > until + (30 if _holder_ended(handle) else 0): return handle, False
             os.close(handle)
             time.sleep(.05)
             continue
