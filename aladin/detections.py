@@ -347,7 +347,8 @@ def _load_clip(name):
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
     hub = name.startswith("hub:")
     if not hub and not Path(name).is_dir():
-        raise InputError(name, "CLIP", "the folder of a CLIP text model, or hub:NAME", "nothing there", "check the path, or write hub: before a name to fetch it")
+        raise InputError(name, "CLIP", "the folder of a CLIP text model, or hub:NAME", "nothing there",
+                         "check the path, write hub: before a name to fetch it, or make a small one with aladin make-clip")
     options = dict(local_files_only=not hub)
     try: tokenizer, model = (o.from_pretrained(name.removeprefix("hub:"), **options) for o in (CLIPTokenizer, CLIPTextModelWithProjection))
     except (OSError, ValueError, KeyError) as e:
