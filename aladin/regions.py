@@ -475,7 +475,7 @@ def check_offsets(
 def _read_names(path):
     "A JSON list of different texts."
     names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(o, str) for o in names) or len(set(names)) < len(names):
+    if not _are_names(names) or len(set(names)) < len(names):
         raise InputError(path, "file", "a list of different texts", "something else", _again)
     return names
 
