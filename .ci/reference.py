@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from aladin.experiments import report
+from aladin.runs.stages import report
 from aladin.files import InputError, atomic_dir, read_json
 
 root = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Write the lists of nbs/start.ipynb, the page that `make lab` opens: tutorials, experiments and rooms with what each says of itself."""
+"""Write the lists of nbs/start.ipynb, the page that `make lab` opens: tutorials, experiments and modules with the summary of each."""
 import re, sys
 from pathlib import Path
 
@@ -21,11 +21,12 @@ Papermill runs these, one for each step of the graph; `make results` runs the gr
 
 {experiments}
 
-## Rooms
+## Modules
 
-Each notebook is one part of the package: it explains, exports, shows and tests it. `make export` writes the modules after an edit.
+Each notebook explains, exports, shows and tests one module of the package. `make export` writes the modules after an edit.
 
-{rooms}"""
+{modules}"""
+PACKAGES = ("", "data", "model", "train", "evaluate", "search", "runs", "view", "cli")  # in the order in which data flows through them
 
 
 def entry(path):
@@ -36,11 +37,18 @@ def entry(path):
     return f"- [{title.removeprefix('# ')}]({path.relative_to(nbs).as_posix()})" + (f": {about}" if about else "")
 
 
+def modules():
+    "The notebooks of each package, below its name."
+    for package in PACKAGES:
+        if package: yield f"\n`aladin.{package}`\n"
+        yield from map(entry, sorted((nbs/package).glob("[0-9]*.ipynb")))
+
+
 def source():
     "The text with its lists."
     steps = [*STEPS, *sorted(p.stem for p in (nbs/"experiments").glob("*.ipynb") if p.stem not in STEPS)]
-    lists = dict(tutorials=sorted((nbs/"tutorials").glob("*.ipynb")), experiments=[nbs/"experiments"/f"{n}.ipynb" for n in steps], rooms=sorted(nbs.glob("[0-9]*.ipynb")))
-    return TEXT.format(**{k: "\n".join(map(entry, v)) for k, v in lists.items()})
+    lists = dict(tutorials=sorted((nbs/"tutorials").glob("*.ipynb")), experiments=[nbs/"experiments"/f"{n}.ipynb" for n in steps])
+    return TEXT.format(modules="\n".join(modules()), **{k: "\n".join(map(entry, v)) for k, v in lists.items()})
 
 
 if __name__ == "__main__":

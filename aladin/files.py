@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
            'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked', 'report',
-           'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml']
+           'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml', 'resource_dir']
 
-# %% ../nbs/00_files.ipynb #c1a71117
+# %% ../nbs/00_files.ipynb #cb3ed048
 import codecs, ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+import aladin
+
 # %% ../nbs/00_files.ipynb #b9a6e043
 def _brief(value, most):
     "`value` on one line: long words, such as base64, and long texts are cut, and their length is given."
@@ -25,6 +27,7 @@ def _brief(value, most):
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
     return text if len(text) <= most else f"{text[:most - 100]} ... {text[-60:]} ({len(text):,} characters)"
 
+# %% ../nbs/00_files.ipynb #76fd9845
 class InputError(ValueError):
     "Bad input: names the file, the place in it, what was expected, what was found and how to fix it."
     def __init__(self,
@@ -53,6 +56,7 @@ def _part_name(path, end="part"):
     "A name beside `path` that nothing else uses."
     return path.with_name(f".{_short(path)}.{os.getpid()}-{secrets.token_hex(4)}.{end}")
 
+# %% ../nbs/00_files.ipynb #426795a3
 def sync(
     path, # a file or folder
 ):
@@ -86,6 +90,7 @@ def atomic_write(
         raise (_disk_error(e, path) or e)
     sync(path.parent)
 
+# %% ../nbs/00_files.ipynb #d71cbfc9
 def _disk_error(error, path):
     "An `OSError` with the name of the file, for errors of the disk that come without one; None for other errors."
     if isinstance(error, OSError) and error.filename is None and error.errno:
@@ -100,6 +105,7 @@ def _try_lock(handle):
     except OSError: return False
     return True
 
+# %% ../nbs/00_files.ipynb #3d10c5d5
 def remove_if_stale(
     part, # any file or folder
 ):
@@ -110,6 +116,7 @@ def remove_if_stale(
         if _try_lock(handle): shutil.rmtree(part, ignore_errors=True)
     finally: os.close(handle)
 
+# %% ../nbs/00_files.ipynb #3470947e
 @contextmanager
 def part_dir(
     path, # the folder to stand in for
@@ -140,6 +147,7 @@ def exchange(
     here, both = -100, 2 # AT_FDCWD, RENAME_EXCHANGE
     return call(here, os.fsencode(a), here, os.fsencode(b), both) == 0
 
+# %% ../nbs/00_files.ipynb #9e0ac2ca
 def put(
     new, # the file or folder to rename
     path, # its new name
@@ -179,6 +187,7 @@ def check_output_dir(
         raise InputError(path, what, "a folder that is empty or not there yet", "a folder with files in it",
                          "choose another folder, or ask for overwriting where the command offers it")
 
+# %% ../nbs/00_files.ipynb #41d7e320
 def _settle(folder):
     "Give all that is in a folder the permissions that the umask gives, and wait until it is on disk."
     mode = folder.stat().st_mode & 0o777
@@ -190,6 +199,7 @@ def _settle(folder):
             sync(file)
         sync(at)
 
+# %% ../nbs/00_files.ipynb #30e26f12
 @contextmanager
 def atomic_dir(
     path, # the folder to make; a link is followed
@@ -252,6 +262,7 @@ def reserve(
         found = f"{os.strerror(e.errno)}, {free:,} bytes free"
         raise InputError(path, "disk", f"room for {size:,} bytes", found, "make room, or choose another disk") from None
 
+# %% ../nbs/00_files.ipynb #1c806132
 def new_array_file(
     path, # the .npy file to make
     dtype, # type of the numbers
@@ -273,6 +284,7 @@ class Lock:
     handle:int # file descriptor; a child process that inherits it holds the lock too
     left:str # what a killed process had written into the lock file; "" where the last one ended by itself
 
+# %% ../nbs/00_files.ipynb #612558af
 def _holder_ended(handle):
     "Has the process that the lock file names ended? A child of it that still has the lock is ending too."
     found = re.match(r"process (\d+) on (\S+)", os.pread(handle, 300, 0).decode("utf-8", "replace"))
@@ -294,6 +306,7 @@ def _open_lock(path, wait, patience=1.):
         if current: return handle, True
         os.close(handle)
 
+# %% ../nbs/00_files.ipynb #4ea5c7a3
 @contextmanager
 def locked(
     path, # the lock file; it is there while the lock is held
@@ -348,6 +361,7 @@ def describe_format(
     if b"\0" in head or len(text.encode()) < len(head)//2: return "binary data"
     return _describe_text(text, head)
 
+# %% ../nbs/00_files.ipynb #5bc21cd4
 def _describe_text(text, head):
     "What kind of text it is."
     try: codecs.getincrementaldecoder("utf-8")().decode(head) # the last character may be cut off
@@ -382,12 +396,14 @@ def read_text(
         fix = "choose another file, or save this one as UTF-8"
         raise InputError(path, f"byte {e.start}", f"{what}, in UTF-8", describe_format(path), fix) from None
 
+# %% ../nbs/00_files.ipynb #7b8004e9
 def _plain(value):
     "What JSON can hold of a NumPy number or array, a tensor or a path."
     if isinstance(value, os.PathLike): return os.fspath(value)
     if hasattr(value, "tolist"): return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
+# %% ../nbs/00_files.ipynb #1392bc9e
 def write_json(
     path, # the file to write
     value, # dicts, lists, text and numbers, NumPy's and torch's among them
@@ -396,6 +412,7 @@ def write_json(
     text = json.dumps(value, indent=1, default=_plain) + "\n"
     with atomic_write(path) as part: part.write_text(text, encoding="utf-8")
 
+# %% ../nbs/00_files.ipynb #cece4779
 def read_json(
     path, # the file to read
     what:str="a JSON file", # what it should be, for messages
@@ -435,6 +452,7 @@ def _check_yaml(path, value, where, above, most):
         most = _check_yaml(path, item, f"{where}.{key}" if where else str(key), above | {id(value)}, most)
     return most - 1
 
+# %% ../nbs/00_files.ipynb #67ed283f
 def read_yaml(
     path, # the file to read
     what:str="a YAML file", # what it should be, for messages
@@ -455,3 +473,16 @@ def read_yaml(
         found = f"a {type(value).__name__}"
         raise InputError(path, "top level", "a mapping of keys to values", found, "write `key: value` lines")
     return value
+
+# %% ../nbs/00_files.ipynb #dfbd429f
+_CHECKOUT = dict(experiments="nbs/experiments", manifests="data_manifests", reference="results/reference")
+
+def resource_dir(
+    name:str, # experiments, manifests or reference
+)->Path:
+    "Folder of files that come with the package. Raises `InputError` where the installation lacks it."
+    package = Path(aladin.__file__).resolve().parent
+    for folder in (package/"resources"/name, package.parent/_CHECKOUT[name]):
+        if folder.is_dir(): return folder
+    fix = "install the package again, or work in a checkout of it"
+    raise InputError(package, f"resource {name}", "a folder of the package", "no such folder", fix)

@@ -12,9 +12,10 @@ import pandas as pd
 
 from aladin.config import config_from_dict, config_to_dict
 from aladin.files import write_json
-from aladin.data import captions_file, read_captions
-from aladin.experiments import pretrain_run, provenance, train_run
-from aladin.graph import experiment_config
+from aladin.data.text import captions_file, read_captions
+from aladin.runs.record import provenance
+from aladin.runs.stages import pretrain_run, train_run
+from aladin.runs.graph import experiment_config
 
 COMPOSITIONS = {"by chance": (True, 0), "never two captions of an image": (False, 0), "that, and hard negatives mined each epoch": (False, 3)}  # allow_siblings, mined_negatives
 

@@ -21,14 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aladin.config import DataSettings
 from aladin.files import read_json, write_json
-from aladin.data import Ragged, RetrievalSet, load_tokenizer
-from aladin.detections import ClipReader, clip_tokens, make_clip, tag_sentences
-from aladin.embeddings import Embeddings, encode_split
-from aladin.evaluation import EntangledScorer, retrieval_ranks
-from aladin.experiments import provenance
-from aladin.heads import alignment_scores
-from aladin.losses import triplet_loss
-from aladin.model import AladinConfig, AladinModel, default_device
+from aladin.data.ragged import Ragged
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import RetrievalSet
+from aladin.data.clip import ClipReader, clip_tokens, make_clip, tag_sentences
+from aladin.evaluate.embeddings import Embeddings, encode_split
+from aladin.evaluate.metrics import retrieval_ranks
+from aladin.evaluate.entangled import EntangledScorer
+from aladin.runs.record import provenance
+from aladin.model.heads import alignment_scores
+from aladin.train.losses import triplet_loss
+from aladin.device import default_device
+from aladin.model.model import AladinConfig, AladinModel
 
 # What the original programs themselves took on one thread of such a machine, measured once: CPU seconds, of how many of our units
 ORIGINALS = dict(scores_200=121.9, ranks_5000=11.5, store=1.39e-3, encoding=.294*300, step=28.6)
@@ -228,7 +232,7 @@ def encoding(images, part):
 
 def training_step(batch, how):
     "One step of the joint configuration's forward and backward pass; memory is this process's peak, so reference and ours run apart."
-    from aladin.losses import listnet_loss
+    from aladin.train.losses import listnet_loss
     model,data = base_model().train(),random_split(batch)
     rows = np.arange(0, 5*batch, 5)
     def ours():

@@ -14,11 +14,13 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel
 
 from aladin.files import atomic_write, write_json
-from aladin.data import DataSettings, load_tokenizer, open_split
-from aladin.evaluation import retrieval_metrics
-from aladin.experiments import provenance
-from aladin.regions import open_regions
-from aladin.training import set_seed
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import open_split
+from aladin.config import DataSettings
+from aladin.evaluate.metrics import retrieval_metrics
+from aladin.runs.record import provenance
+from aladin.data.regions import open_regions
+from aladin.device import set_seed
 
 RECALLS = [(d, f"r{k}") for d in ("i2t", "t2i") for k in (1, 5, 10)]
 

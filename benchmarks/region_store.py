@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aladin.regions import TsvRegions, convert_regions
+from aladin.data.regions import TsvRegions, convert_regions
 
 
 def parse_args():

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from aladin.files import atomic_write, write_json
-from aladin.data import Ragged
-from aladin.engines import ExactEngine, MilvusEngine, SetStore
-from aladin.experiments import provenance
-from aladin.heads import alignment_scores
+from aladin.data.ragged import Ragged
+from aladin.search.engines import ExactEngine, MilvusEngine, SetStore
+from aladin.runs.record import provenance
+from aladin.model.heads import alignment_scores
 
 
 def parse_args():

@@ -1,4 +1,4 @@
-"API entries of the rooms' pages: signature, docstring and a table of parameters, from the docments."
+"API entries of the modules' pages: signature, docstring and a table of parameters, from the docments."
 import ast, inspect, re
 
 from fastcore.docments import docments

@@ -9,8 +9,8 @@ import nbformat
 
 import results
 from aladin.files import atomic_dir, read_json
-from aladin.manifests import list_manifests, load_manifest
-from notebooks import PICTURES, ROOMS, fix_links, heading, link_names, nbs, page, root
+from aladin.data.manifests import list_manifests, load_manifest
+from notebooks import MODULES, PACKAGES, PICTURES, fix_links, heading, link_names, module_page, nbs, page, root
 from results import markdown_table, toctree
 
 docs = Path(__file__).resolve().parent
@@ -23,7 +23,7 @@ def staged(path):
     "Where the site shows a file of the checkout; None where it does not."
     name = path.removesuffix("/")
     if name == "nbs/index.ipynb": return "guide.ipynb"
-    if name in ("nbs", "aladin"): return "rooms/index.md"
+    if name in ("nbs", "aladin"): return "modules/index.md"
     if re.fullmatch(r"results/reference(/.*)?", name): name = name.replace("results/reference", "results", 1)
     if re.fullmatch(r"results/[\w.-]+\.md", name): return name
     if at := re.fullmatch(r"(results/[\w.-]+)/\w+\.md", name): return f"{at[1]}/index.md"
@@ -32,7 +32,7 @@ def staged(path):
     if name == "data_manifests": return "reference/manifests.md"
     if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"): return f"reference/{page.name}"
     path = root/name
-    if path in ROOMS.values(): return f"rooms/{path.name}"
+    if path in MODULES.values(): return module_page(path)
     if path in TUTORIALS or path in EXPERIMENTS or path == nbs/"explore.ipynb": return path.relative_to(nbs).as_posix()
 
 
@@ -44,16 +44,37 @@ def section(out, title, about, pages, lines):
 def listing(path, target): return "- [{}]({}): {}".format(heading(path)[0], target, heading(path)[1])
 
 
+PACKAGE_TITLES = {"": "Basics", "data": "Data", "model": "Model", "train": "Training", "evaluate": "Evaluation", "search": "Search",
+                  "runs": "Runs", "view": "Figures and explorer", "cli": "Command line"}
+
+
+def stage_modules(stage):
+    "A page for each module, and an index page for each package."
+    for path in MODULES.values():
+        page(path, stage/module_page(path), "../" if path.parent == nbs else "../../", staged)
+    tops = []
+    for package in PACKAGES:
+        own = {m: p for m, p in MODULES.items() if p.parent == nbs/package}
+        lines = [f"{listing(p, p.name)} (`aladin.{m}`)" for m, p in own.items()]
+        if not package:
+            top_lines, tops = lines, [p.stem for p in own.values()]
+            continue
+        section(stage/"modules"/package, PACKAGE_TITLES[package], f"The modules of `aladin.{package}`.", [p.stem for p in own.values()], lines)
+        tops.append(f"{package}/index")
+    about = ("Each notebook explains, exports, shows and tests one module. Packages are listed in the order in which data flows through them; a package "
+             "imports only packages above it. Each page has the notebook's text, its examples with their output, and the parameters of every public function "
+             "and class; the source is folded below each.")
+    packages = [f"- [{PACKAGE_TITLES[p]}]({p}/index.md): " + ", ".join(f"[{m.split('.')[1]}]({q.relative_to(nbs).as_posix()})" for m, q in MODULES.items() if q.parent == nbs/p)
+                for p in PACKAGES if p]
+    section(stage/"modules", "Modules", about, tops, [*top_lines, "", *packages])
+
+
 def stage_notebooks(stage):
-    "Rooms, tutorials, experiments, explorer and guide."
-    for path in [*ROOMS.values(), *TUTORIALS, *EXPERIMENTS]:
-        folder = "rooms" if path in ROOMS.values() else path.parent.name
-        page(path, stage/folder/path.name, "../", staged)
+    "Modules, tutorials, experiments, explorer and guide."
+    stage_modules(stage)
+    for path in [*TUTORIALS, *EXPERIMENTS]: page(path, stage/path.parent.name/path.name, "../", staged)
     page(nbs/"index.ipynb", stage/"guide.ipynb", "", staged, "Guide")
     if (nbs/"explore.ipynb").exists(): page(nbs/"explore.ipynb", stage/"explore.ipynb", "", staged)
-    section(stage/"rooms", "Rooms", "Each notebook is one room and exports one module of the package, in the order in which data flows through them. A page shows the room's prose, "
-            "its examples with what they put out, and for every public function and class its parameters; the source is folded below each.",
-            [p.stem for p in ROOMS.values()], [f"{listing(p, p.name)} (`aladin.{m}`)" for m, p in ROOMS.items()])
     if TUTORIALS: section(stage/"tutorials", "Tutorials", "One task each, from start to end.", [p.stem for p in TUTORIALS], [listing(p, p.name) for p in TUTORIALS])
     section(stage/"experiments", "Experiments", "The notebooks that papermill runs, one for each step of the graph, and the settings they are given.", [*[p.stem for p in EXPERIMENTS], "configurations"],
             [f"- [{heading(p)[0]}]({p.name})" for p in EXPERIMENTS] + ["- [Configurations and settings](configurations.md)"])
@@ -102,7 +123,7 @@ def stage_home(stage):
     cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
     shown = read_json(docs/"pairs.json")
     table = (root/"results"/"reference"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
-    pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "rooms/index": "each part of the package, explained, with its API",
+    pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "modules/index": "each part of the package, explained, with its API",
              "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "manifests, file formats, differences from the originals"}
     if not TUTORIALS: del pages["tutorials/index"]
     fill = dict(title=cells[0], intro=cells[1].partition("## Two commands")[0].strip(), commands=between(cells[1], "## Two commands", "## An example"), table=table,
@@ -111,11 +132,11 @@ def stage_home(stage):
     text = (docs/"pages"/"home.md").read_text(encoding="utf-8")
     for name, value in fill.items(): text = text.replace(f"{{{{{name}}}}}", value)
     (stage/"index.md").write_text(link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
-    view = (root/"aladin"/"explorer.js").read_text(encoding="utf-8").replace("export function", "function").partition("export default")[0]
+    view = (root/"aladin"/"view"/"explorer.js").read_text(encoding="utf-8").replace("export function", "function").partition("export default")[0]
     files = stage/"_static"
     files.mkdir()
     (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")  # one plain script, so that the page works from a folder too
-    shutil.copy(root/"aladin"/"explorer.css", files/"explorer.css")
+    shutil.copy(root/"aladin"/"view"/"explorer.css", files/"explorer.css")
 
 
 def stage_all(stage):

@@ -10,7 +10,19 @@ from api import Api
 root = Path(__file__).resolve().parent.parent
 nbs = root/"nbs"
 PICTURES = {}  # name on the site -> file of the checkout, of the pictures that pages show
-ROOMS = {m[1]: p for p in sorted(nbs.glob("*.ipynb")) if (m := re.search(r"#\|\s*default_exp (\w+)", p.read_text(encoding="utf-8")))}  # module -> notebook
+PACKAGES = ("", "data", "model", "train", "evaluate", "search", "runs", "view", "cli")  # in the order in which data flows through them
+
+
+def exported(path):
+    "The module that a notebook exports, None where it exports none."
+    found = re.search(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8"))
+    return found and found[1]
+
+
+MODULES = {m: p for package in PACKAGES for p in sorted((nbs/package).glob("*.ipynb")) if (m := exported(p))}  # module -> notebook
+
+
+def module_page(path): return f"modules/{path.relative_to(nbs).as_posix()}"
 
 
 def symbols():
@@ -20,8 +32,8 @@ def symbols():
         module = module.removeprefix("aladin.")
         for name in names:
             name = name.split(f"{module}.", 1)[1]
-            if module in ROOMS and not any(part.startswith("_") for part in name.split(".")): found.setdefault(name, []).append(module)
-    return {name: f"rooms/{ROOMS[m[0]].name}#{name.lower().replace('.', '')}" for name, m in found.items() if len(m) == 1}
+            if module in MODULES and not any(part.startswith("_") for part in name.split(".")): found.setdefault(name, []).append(module)
+    return {name: f"{module_page(MODULES[m[0]])}#{name.lower().replace('.', '')}" for name, m in found.items() if len(m) == 1}
 
 
 SYMBOLS = symbols()
@@ -31,8 +43,8 @@ def link_names(text, up):
     "Backticked names and notebooks become links to where they are described; headings, code blocks and links stay."
     def one(match):
         name = match[1].removesuffix("()")
-        room = re.fullmatch(r"(?:nbs/)?(\d\d_\w+\.ipynb)", name)
-        target = SYMBOLS.get(name) or (f"rooms/{room[1]}" if room and (nbs/room[1]) in ROOMS.values() else None)
+        notebook = nbs/name.removeprefix("nbs/")
+        target = SYMBOLS.get(name) or (module_page(notebook) if notebook in MODULES.values() else None)
         return f"[`{match[1]}`]({up}{target})" if target else match[0]
     parts = re.split(r"(```.*?```|^#.*?$|\[[^\]]*\]\([^)]*\))", text, flags=re.S | re.M)
     return "".join(p if i % 2 else re.sub(r"(?<!`)`([\w./]+(?:\(\))?)`(?!`)", one, p) for i, p in enumerate(parts))
@@ -67,7 +79,7 @@ def defined(source):
     "Public functions and classes of a cell, and the methods that it patches into a class, by their full names."
     for o in ast.parse(source).body:
         if not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name.startswith("_"): continue
-        patched = any(getattr(d, "id", "") == "patch" for d in o.decorator_list)
+        patched = any(getattr(getattr(d, "func", d), "id", "") == "patch" for d in o.decorator_list)
         yield f"{o.args.args[0].annotation.id}.{o.name}" if patched else o.name
 
 
@@ -100,7 +112,7 @@ def cells(notebook, path, module, markdown):
 
 def page(path, target, up, staged, title=None):
     "One notebook as a page at `target`; `up` leads from its folder to the top of the site; `title` stands in for its own."
-    name = next((m for m, p in ROOMS.items() if p == path), None)
+    name = next((m for m, p in MODULES.items() if p == path), None)
     markdown = lambda text: link_names(fix_links(text, path, up, staged), up)
     made = list(cells(nbformat.read(path, 4), path.relative_to(root), name and importlib.import_module(f"aladin.{name}"), markdown))
     if title: made[0].source = re.sub(r"^# .*", f"# {title}", made[0].source)

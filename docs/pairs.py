@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from aladin.files import read_json, write_json
-from aladin.explorer import open_explorer
+from aladin.view.explorer import open_explorer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", type=Path, help="run folder with a model")

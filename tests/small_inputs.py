@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from aladin.data import build_vocabulary
-from aladin.model import AladinConfig, AladinModel, save_model
+from aladin.data.text import build_vocabulary
+from aladin.model.model import AladinConfig, AladinModel, save_model
 
 SPLITS = ("train", "minival", "test")
 COLOURS = ("red", "blue", "green", "small", "big")

@@ -10,17 +10,23 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from aladin.cli import main
-from aladin.config import DataSettings, ExperimentConfig, config_from_dict, load_config
-from aladin.data import Ragged, build_vocabulary, load_tokenizer, load_torch_file, open_split, read_captions, read_keys
-from aladin.embeddings import Embeddings, hubness, load_embeddings, save_embeddings, score_matrix
-from aladin.evaluation import bootstrap_intervals, caption_relevance, image_to_text_ranks, ndcg_metrics, retrieval_ranks, top_ranked
-from aladin.files import InputError
-from aladin.graph import experiment_config, experiments_dir
-from aladin.manifests import load_manifest
-from aladin.model import AladinConfig, AladinModel, default_device, evaluating, load_model, save_model, select_device
-from aladin.scenes import write_scenes
-from aladin.search import CaptionEncoder
+from aladin.cli.main import main
+from aladin.config import DataSettings, ExperimentConfig, config_from_dict
+from aladin.model.authors_config import load_config
+from aladin.data.ragged import Ragged
+from aladin.data.text import build_vocabulary, load_tokenizer, load_torch_file, read_captions, read_keys
+from aladin.data.splits import open_split
+from aladin.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
+from aladin.evaluate.scoring import hubness, score_matrix
+from aladin.evaluate.metrics import bootstrap_intervals, image_to_text_ranks, retrieval_ranks
+from aladin.evaluate.relevance import caption_relevance, ndcg_metrics, top_ranked
+from aladin.files import InputError, resource_dir
+from aladin.runs.graph import experiment_config
+from aladin.data.manifests import load_manifest
+from aladin.device import default_device, evaluating, select_device
+from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.data.scenes import write_scenes
+from aladin.search.index import CaptionEncoder
 
 BERT = "img_txt_enc.oscar_model.bert."
 REGION_DIM = 70  # of the scenes
@@ -190,7 +196,7 @@ def test_settings_in_a_circle(tmp_path, monkeypatch):
 
 
 def test_the_published_files_are_valid():
-    configurations, settings = (sorted(p.stem for p in (experiments_dir()/kind).glob("*.yaml")) for kind in ("configurations", "settings"))
+    configurations, settings = (sorted(p.stem for p in (resource_dir("experiments")/kind).glob("*.yaml")) for kind in ("configurations", "settings"))
     assert configurations and settings
     for configuration in configurations:
         for name in ("", *settings): assert experiment_config(configuration, name).name == configuration

@@ -103,8 +103,10 @@ def test_images_have_texts(folder, pages): assert not {p.relative_to(folder).as_
 
 
 def test_every_room_has_a_page(folder):
-    rooms = {p.stem for p in (root/"nbs").glob("*.ipynb") if re.search(r"#\|\s*default_exp", p.read_text(encoding="utf-8"))}
-    assert rooms and rooms == {p.stem for p in (folder/"rooms").glob("*.html")} - {"index"}
+    nbs = root/"nbs"
+    modules = {p.relative_to(nbs).with_suffix("") for p in nbs.rglob("*.ipynb") if re.search(r"#\|\s*default_exp", p.read_text(encoding="utf-8"))}
+    pages = {p.relative_to(folder/"modules").with_suffix("") for p in (folder/"modules").rglob("*.html") if p.stem != "index"}
+    assert modules and modules == pages
 
 
 def test_pages_fit(page, site, folder, pages):
@@ -123,7 +125,7 @@ def test_search_finds_the_model(page, site):
     page.keyboard.press("Control+K")
     page.keyboard.type("AladinModel")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#search-results li a[href*='rooms/08_model.html']")
+    page.wait_for_selector("#search-results li a[href*='modules/model/03_model.html']")
 
 
 def test_tables_sort(page, site):
@@ -150,7 +152,7 @@ def violations(page, part=None):
 def test_accessible(browser, site, scheme):
     "axe-core finds nothing: names, alternative texts, contrast, in both colour schemes."
     page = browser.new_page(color_scheme=scheme)
-    for path in ("index.html", "explore.html", "rooms/07_losses.html", "results/scenes/index.html", "reference/index.html"):
+    for path in ("index.html", "explore.html", "modules/train/00_losses.html", "results/scenes/index.html", "reference/index.html"):
         page.goto(site + path)
         assert not violations(page), (path, violations(page))
     page.close()
@@ -161,10 +163,10 @@ def test_accessible(browser, site, scheme):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run folder with an untrained model, beside its scenes."
-    from aladin.data import load_tokenizer
-    from aladin.experiments import prepare_data
-    from aladin.model import AladinConfig, AladinModel, save_model
-    from aladin.scenes import write_scenes
+    from aladin.data.text import load_tokenizer
+    from aladin.runs.stages import prepare_data
+    from aladin.model.model import AladinConfig, AladinModel, save_model
+    from aladin.data.scenes import write_scenes
     out = tmp_path_factory.mktemp("explorer")
     write_scenes(out/"scenes", train=4, minival=4, test=30, progress=False)
     prepare_data(out/"scenes", out/"data", progress=False)
@@ -211,9 +213,10 @@ def wait_for_address(log, server):
 
 def test_explorer(page, lab, run):
     "Opened, all cells run, a caption typed, a word and a region clicked: what lights up is what the alignment head says."
-    from aladin.data import load_tokenizer, open_split
-    from aladin.model import load_model
-    from aladin.plots import attend
+    from aladin.data.text import load_tokenizer
+    from aladin.data.splits import open_split
+    from aladin.model.model import load_model
+    from aladin.view.plots import attend
     page.goto(f"{lab}/lab/tree/explore.ipynb")
     page.wait_for_function("document.querySelector('#jp-main-statusbar')?.textContent.includes('| Idle')", timeout=120_000)
     page.click('.lm-MenuBar-itemLabel:text-is("Run")')

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from aladin.cli import main
+from aladin.cli.main import main
 from aladin.config import DataSettings
-from aladin.data import load_tokenizer, open_split
-from aladin.embeddings import encode_to_file, load_embeddings, score_matrix
-from aladin.evaluation import evaluate_embeddings
-from aladin.model import AladinModel
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import open_split
+from aladin.evaluate.embeddings import encode_to_file, load_embeddings
+from aladin.evaluate.scoring import score_matrix
+from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.model.model import AladinModel
 
 golden = Path(__file__).parent/"golden"/"v1"
 
@@ -124,7 +126,7 @@ def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["", "prepare", "convert", "convert-detections", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])
 def test_help(command):
-    done = subprocess.run([sys.executable, "-c", "from aladin.cli import main; main()", *command.split(), "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from aladin.cli.main import main; main()", *command.split(), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout
     if command: assert f"aladin {command} " in done.stdout.split("example:")[1] or "aladin results" in done.stdout.split("example:")[1]
 

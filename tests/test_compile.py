@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-from aladin.data import Ragged
-from aladin.model import AladinConfig, AladinModel
+from aladin.data.ragged import Ragged
+from aladin.model.model import AladinConfig, AladinModel
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 

@@ -15,20 +15,27 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from aladin.checkpoints import Checkpoints
-from aladin.cli import main
+from aladin.train.checkpoints import Checkpoints
+from aladin.cli.main import main
 from aladin.config import config_from_dict
 from aladin.files import read_json
-from aladin.data import load_tokenizer, open_regions, open_split
-from aladin.detections import open_inputs
-from aladin.embeddings import load_embeddings, score_matrix
-from aladin.evaluation import EntangledScorer, evaluate_model, top_ranked
-from aladin.experiments import evaluate_run, prepare_data, prepare_scenes
-from aladin.model import AladinConfig, AladinModel, load_model
-from aladin.plots import attend
-from aladin.search import SearchIndex
-from aladin.steps import Processes
-from aladin.training import TIMES, Training, pretrain, set_seed
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import open_split
+from aladin.data.regions import open_regions
+from aladin.data.splits import open_inputs
+from aladin.evaluate.embeddings import load_embeddings
+from aladin.evaluate.scoring import score_matrix
+from aladin.evaluate.metrics import evaluate_model
+from aladin.evaluate.relevance import top_ranked
+from aladin.evaluate.entangled import EntangledScorer
+from aladin.runs.stages import evaluate_run, prepare_data, prepare_scenes
+from aladin.model.model import AladinConfig, AladinModel, load_model
+from aladin.view.plots import attend
+from aladin.search.index import SearchIndex
+from aladin.train.processes import Processes
+from aladin.device import set_seed
+from aladin.train.pretraining import pretrain
+from aladin.train.training import TIMES, Training
 from simulated_device import NAME, OnDevice, install, waits
 from test_processes import BATCHES, CASES, finish, gradients, torchrun, vocabulary  # noqa: F401 (a fixture)
 

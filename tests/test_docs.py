@@ -22,7 +22,7 @@ def test_settings_exist():
 def test_tests_and_commands_exist(page):
     text = (root/"docs"/"pages"/f"{page}.md").read_text(encoding="utf-8")
     assert all((root/path).exists() for path in re.findall(r"`((?:tests|nbs|data_manifests|results)/[\w./]+)`", text))
-    commands = (root/"aladin"/"cli.py").read_text(encoding="utf-8")
+    commands = "".join(p.read_text(encoding="utf-8") for p in (root/"aladin"/"cli").glob("*.py"))
     assert all(f'"{name}"' in commands for name in re.findall(r"`aladin ([\w-]+)", text))
 
 

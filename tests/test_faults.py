@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from aladin.config import config_from_authors, config_from_dict, load_config
+from aladin.config import config_from_dict
+from aladin.model.authors_config import config_from_authors, load_config
 from aladin.files import InputError
-from aladin.data import load_tokenizer, load_torch_file, open_split, read_captions
-from aladin.detections import ClipReader
-from aladin.embeddings import encode_split, load_embeddings, save_embeddings
-from aladin.model import AladinModel, start_from_text_model
+from aladin.data.text import load_tokenizer, load_torch_file, read_captions
+from aladin.data.splits import open_split
+from aladin.data.clip import ClipReader
+from aladin.evaluate.embeddings import encode_split, load_embeddings, save_embeddings
+from aladin.model.model import AladinModel, start_from_text_model
 
 golden = Path(__file__).parent/"golden"/"v1"
 

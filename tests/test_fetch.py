@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from aladin.cli import main
+from aladin.cli.main import main
 from aladin.files import InputError
-from aladin.manifests import Manifest, ManifestFile, fetch, verify
+from aladin.data.manifests import Manifest, ManifestFile, fetch, verify
 
 body = bytes(range(251))*2000  # about half a megabyte: several blocks
 secret = "sp=r&sig=abc%3D"

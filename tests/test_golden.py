@@ -16,16 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aladin.backbone import Layout
-from aladin.config import DataSettings, LossSettings, config_from_authors
-from aladin.data import Ragged, load_tokenizer, load_torch_file, open_split, tokenize
-from aladin.embeddings import encode_split, score_matrix
-from aladin.evaluation import image_to_text_ranks, ndcg, rank_metrics, retrieval_metrics, text_to_image_ranks
-from aladin.heads import AlignmentHead, aggregate, alignment_scores
-from aladin.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
-from aladin.model import AladinModel, original_name
-from aladin.steps import batch_losses
-from aladin.training import clip_gradients, learning_rate, make_optimizer
+from aladin.model.backbone import Layout
+from aladin.config import DataSettings, LossSettings
+from aladin.model.authors_config import config_from_authors
+from aladin.data.ragged import Ragged
+from aladin.data.text import load_tokenizer, load_torch_file, tokenize
+from aladin.data.splits import open_split
+from aladin.evaluate.embeddings import encode_split
+from aladin.evaluate.scoring import score_matrix
+from aladin.evaluate.metrics import image_to_text_ranks, rank_metrics, retrieval_metrics, text_to_image_ranks
+from aladin.evaluate.relevance import ndcg
+from aladin.model.heads import AlignmentHead, aggregate, alignment_scores
+from aladin.train.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
+from aladin.model.model import AladinModel
+from aladin.model.authors import original_name
+from aladin.train.step import batch_losses
+from aladin.train.pretraining import clip_gradients, learning_rate, make_optimizer
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v1 = here/"v1" if (here/"v1").is_dir() else here

@@ -15,13 +15,16 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from aladin.cli import main
+from aladin.cli.main import main
 from aladin.config import LossSettings
-from aladin.data import ImageBatch, Ragged
-from aladin.detections import SOURCES, DeticShelve, MergedRegions, clip_tokens, suppress, tag_sentences, unify_classes
-from aladin.losses import Criterion, infonce_loss, triplet_loss
-from aladin.model import AladinModel, original_name
-from aladin.regions import RegionStore, TsvRegions
+from aladin.data.ragged import Ragged
+from aladin.data.splits import ImageBatch
+from aladin.data.clip import clip_tokens, tag_sentences
+from aladin.data.detections import SOURCES, DeticShelve, MergedRegions, suppress, unify_classes
+from aladin.train.losses import Criterion, infonce_loss, triplet_loss
+from aladin.model.model import AladinModel
+from aladin.model.authors import original_name
+from aladin.data.regions import RegionStore, TsvRegions
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v2 = here/"v2" if (here/"v2").is_dir() else here

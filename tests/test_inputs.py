@@ -10,17 +10,18 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from aladin.cli import main
+from aladin.cli.main import main
 from aladin.config import DataSettings, config_from_dict
-from aladin.files import InputError
-from aladin.data import load_tokenizer
-from aladin.detections import ClipReader, open_inputs
-from aladin.experiments import evaluate_run, needs_teacher, prepare_data, prepare_scenes, train_run
-from aladin.graph import experiment_config, experiments_dir
-from aladin.model import load_model
-from aladin.plan import plan
-from aladin.plots import attend
-from aladin.regions import open_regions
+from aladin.files import InputError, resource_dir
+from aladin.data.text import load_tokenizer
+from aladin.data.clip import ClipReader
+from aladin.data.splits import open_inputs
+from aladin.runs.stages import evaluate_run, needs_teacher, prepare_data, prepare_scenes, train_run
+from aladin.runs.graph import experiment_config
+from aladin.model.model import load_model
+from aladin.runs.plan import plan
+from aladin.view.plots import attend
+from aladin.data.regions import open_regions
 
 CONFIGURATIONS = ("alad-alignment-triplet_2_det_clip-labels", "alad-alignment-triplet_4_det+fast_clip-labels", "alad-alignment-triplet_5_det+fast_clip-labels_clip-captions",
                   "experiment6_det-padded_clip-labels", "experiment8", "alad-alignment-and-matching-distill-det_lab+fast-clip_label")
@@ -130,7 +131,7 @@ def test_settings_on_top_of_others(tmp_path):
     assert config.data.merge == "published" and config.model.hidden_size == experiment_config(CONFIGURATIONS[1], "scenes", 1).model.hidden_size
     (tmp_path/"s.yaml").write_text(yaml.safe_dump(dict(base="scenes_publishd")))
     with pytest.raises(InputError, match="did you mean scenes_published"): experiment_config(CONFIGURATIONS[1], str(tmp_path/"s.yaml"), 1)
-    assert (experiments_dir()/"settings"/"scenes_published.yaml").exists()
+    assert (resource_dir("experiments")/"settings"/"scenes_published.yaml").exists()
 
 
 def test_small_clip_from_the_command(data, tmp_path, capsys):

@@ -16,21 +16,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import aladin.checkpoints
-import aladin.data
-import aladin.embeddings
+import aladin.train.checkpoints
+import aladin.data.text
+import aladin.data.clip
+import aladin.evaluate.embeddings
 import aladin.files
-import aladin.graph as graph
-from aladin.cli import main
-from aladin.data import load_torch_file
-from aladin.embeddings import load_embeddings
-from aladin.graph import describe, experiment_config, run_stage
+import aladin.runs.graph as graph
+from aladin.cli.main import main
+from aladin.data.text import load_torch_file
+from aladin.evaluate.embeddings import load_embeddings
+from aladin.runs.graph import describe, experiment_config, run_stage
 from aladin.files import InputError, remove_if_stale
-from aladin.experiments import prepare_data, train_run
-from aladin.model import load_model
-from aladin.pictures import make_detector
-from aladin.regions import open_regions
-from aladin.search import SearchIndex
+from aladin.runs.stages import prepare_data, train_run
+from aladin.model.model import load_model
+from aladin.data.extract import make_detector
+from aladin.data.regions import open_regions
+from aladin.search.index import SearchIndex
 from small_inputs import ids_of, write_data, write_model, write_picture
 
 golden = Path(__file__).parent/"golden"/"v1"
@@ -43,7 +44,7 @@ class Faults:
         self.folder, self.at, self.count, self.hit = str(folder), at, 0, ""
         for name in CALLS: self.wrap(monkeypatch, os, name)
         self.wrap(monkeypatch, aladin.files, "exchange")
-        for module in (aladin.checkpoints, aladin.data, aladin.embeddings): self.wrap(monkeypatch, module, "save_file")
+        for module in (aladin.train.checkpoints, aladin.data.text, aladin.data.clip, aladin.evaluate.embeddings): self.wrap(monkeypatch, module, "save_file")
         for module in (builtins, io): self.wrap_open(monkeypatch, module)
 
     def step(self, name):

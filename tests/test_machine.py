@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import aladin.cli as cli
-from aladin.cli import main
-from aladin.data import build_vocabulary
-from aladin.detections import ClipReader, make_clip
-from aladin.embeddings import load_embeddings
-from aladin.experiments import prepare_data, train_run
+import aladin.cli.main as cli
+from aladin.cli.main import main
+from aladin.data.text import build_vocabulary
+from aladin.data.clip import ClipReader, make_clip
+from aladin.evaluate.embeddings import load_embeddings
+from aladin.runs.stages import prepare_data, train_run
 from aladin.files import InputError, locked, read_json
-from aladin.graph import _with_home, experiment_config, run_results
-from aladin.search import SearchIndex
+from aladin.runs.graph import _with_home, experiment_config, run_results
+from aladin.search.index import SearchIndex
 from small_inputs import ids_of, write_data, write_model
 
 COMMAND = [sys.executable, "-m", "aladin"]
@@ -142,7 +142,7 @@ def test_two_processes_read_the_same_captions_through_clip(tmp_path):
     "Both get the vectors, whoever writes them into the cache."
     texts = [f"a {colour} fish" for colour in ("red", "blue", "green")]*20
     make_clip(tmp_path/"clip", texts)
-    code = ("import sys, numpy as np; from aladin.detections import ClipReader; r = ClipReader(sys.argv[1], sys.argv[2]); "
+    code = ("import sys, numpy as np; from aladin.data.clip import ClipReader; r = ClipReader(sys.argv[1], sys.argv[2]); "
             f"np.save(sys.argv[3], np.concatenate(list(r.captions({texts!r}, 20)))); np.save(sys.argv[4], r.sentences({texts[:3]!r})[{texts[0]!r}])")
     processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path/"clip", tmp_path/"cache", tmp_path/f"c{n}.npy", tmp_path/f"s{n}.npy"]) for n in range(3)]
     assert [p.wait() for p in processes] == [0, 0, 0]

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from aladin.manifests import list_manifests, load_manifest
+from aladin.data.manifests import list_manifests, load_manifest
 
 root = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def test_environment():
     assert next(o["pip"] for o in environment if isinstance(o, dict)) == ["-c constraints.txt", "-e .[dev]"]
 
 
-def test_console_scripts_are_named(): assert "aladin=aladin.cli:main" in settings()["console_scripts"].split()
+def test_console_scripts_are_named(): assert "aladin=aladin.cli.main:main" in settings()["console_scripts"].split()
 
 
 def test_ci_uses_make_targets():

@@ -10,20 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-import aladin.picture_files as picture_files
-from aladin.cli import main
-from aladin.data import load_tokenizer, open_split, read_captions
-from aladin.embeddings import encode_split
-from aladin.evaluation import evaluate_embeddings
-from aladin.explorer import Explorer
+import aladin.data.pictures as picture_files
+from aladin.cli.main import main
+from aladin.data.text import load_tokenizer, read_captions
+from aladin.data.splits import open_split
+from aladin.evaluate.embeddings import encode_split
+from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.view.explorer import Explorer
 from aladin.files import InputError, locked, read_json
-from aladin.model import AladinConfig, AladinModel, load_model, save_model
-from aladin.picture_files import Pictures, find_pictures, open_picture
-from aladin.pictures import Detector, extract, make_detector, read_caption_file
-from aladin.plots import Attention, plot_attention
-from aladin.regions import convert_regions, open_regions
-from aladin.search import SearchIndex
-from aladin.search_page import picture_finder, search_page
+from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.data.pictures import Pictures, find_pictures, open_picture
+from aladin.data.formats import read_caption_file
+from aladin.data.extract import Detector, extract, make_detector
+from aladin.view.plots import Attention, plot_attention
+from aladin.data.regions import convert_regions, open_regions
+from aladin.search.index import SearchIndex
+from aladin.search.page import picture_finder, search_page
 from small_inputs import ids_of, write_data, write_model, write_picture
 
 
@@ -88,7 +90,7 @@ def test_turned_pictures_stand_upright_everywhere(tmp_path, detector, model):
 
 
 def open_all(data, model):
-    from aladin.search_commands import _pictures_of
+    from aladin.cli.search import _pictures_of
     loaded = load_model(model)
     return _pictures_of(data, loaded, load_tokenizer(model), None, None, None)
 

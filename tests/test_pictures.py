@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from aladin.cli import main
-from aladin.data import load_tokenizer, open_split, read_captions
-from aladin.explorer import Explorer
+from aladin.cli.main import main
+from aladin.data.text import load_tokenizer, read_captions
+from aladin.data.splits import open_split
+from aladin.view.explorer import Explorer
 from aladin.files import InputError, locked, read_json
-from aladin.picture_files import picture_endings
-from aladin.pictures import Detector, extract, find_pictures, make_detector, open_picture
-from aladin.plots import Attention, plot_attention
-from aladin.regions import TsvFile, TsvRegions, convert_regions
-from aladin.search import Alignment, Hit, SearchIndex
-from aladin.search_commands import open_index
-from aladin.search_page import picture_finder, search_page
+from aladin.data.pictures import picture_endings
+from aladin.data.extract import Detector, extract, make_detector
+from aladin.data.pictures import find_pictures, open_picture
+from aladin.view.plots import Attention, plot_attention
+from aladin.data.regions import TsvFile, TsvRegions, convert_regions
+from aladin.search.index import Alignment, Hit, SearchIndex
+from aladin.cli.search import open_index
+from aladin.search.page import picture_finder, search_page
 from small_inputs import write_data, write_model, write_picture
 
 photographs = Path(__file__).resolve().parent.parent.parent/"shared"/"data"/"coco_images"
@@ -92,7 +94,7 @@ def test_turned_picture_is_detected_upright(detectors, tmp_path):
 def test_killed_extraction_goes_on(detectors, tmp_path, monkeypatch):
     folder = draw(tmp_path/"pictures")
     script = f"""
-import os, signal, aladin.pictures as p
+import os, signal, aladin.data.extract as p
 p._PART = 4
 inner, count = p._extract_part, [0]
 def part(*a):
@@ -108,7 +110,7 @@ p.extract({str(folder)!r}, p.Detector({str(detectors/'detr')!r}), {str(tmp_path/
     work = next(tmp_path.glob(".data.*.parts"))
     before = {p.name for p in work.glob("*.npz")}
     assert len(before) == 2
-    import aladin.pictures as pictures
+    import aladin.data.extract as pictures
     made, inner = [], pictures._extract_part
     monkeypatch.setattr(pictures, "_PART", 4)
     monkeypatch.setattr(pictures, "_extract_part", lambda detector, part, path, batch_size: made.append(path.name) or inner(detector, part, path, batch_size))
@@ -122,8 +124,8 @@ p.extract({str(folder)!r}, p.Detector({str(detectors/'detr')!r}), {str(tmp_path/
 
 def test_command_trains_and_searches(detectors, tmp_path, capsys):
     "A folder of pictures with captions becomes a data set that trains; its model finds pictures."
-    from aladin.experiments import prepare_data, train_run
-    from aladin.graph import experiment_config
+    from aladin.runs.stages import prepare_data, train_run
+    from aladin.runs.graph import experiment_config
     folder = draw(tmp_path/"pictures", 20)
     rows = [f"{p.name},a picture number {p.stem},{split}" for n, p in enumerate(sorted(folder.glob("[0-9]*.jpg"))) for split in [("train", "train", "minival", "test")[n % 4]]]
     (tmp_path/"captions.csv").write_text("image,caption,split\n" + "\n".join(rows) + "\nabsent.jpg,nothing,train\n")
@@ -297,7 +299,7 @@ def test_long_ids_in_each_engine(tmp_path, engine):
 
 
 def load_tokenizer_and_model(tmp_path):
-    from aladin.model import load_model
+    from aladin.model.model import load_model
     folder = write_model(tmp_path/"model")
     return load_tokenizer(folder), load_model(folder)
 

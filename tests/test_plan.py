@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import yaml
 
-from aladin.cli import main
-from aladin.data import load_tokenizer
-from aladin.experiments import prepare_data
-from aladin.graph import experiment_config, experiments_dir
-from aladin.model import AladinConfig, AladinModel, save_model
-from aladin.plan import plan
-from aladin.regions import open_regions
-from aladin.scenes import write_scenes
+from aladin.files import resource_dir
+from aladin.cli.main import main
+from aladin.data.text import load_tokenizer
+from aladin.runs.stages import prepare_data
+from aladin.runs.graph import experiment_config
+from aladin.model.model import AladinConfig, AladinModel, save_model
+from aladin.runs.plan import plan
+from aladin.data.regions import open_regions
+from aladin.data.scenes import write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_a_teacher_that_fits(teacher):
 @pytest.mark.parametrize("key,value", [("hidden_size", 64), ("drop_last_word", True)])
 def test_a_teacher_of_another_shape(teacher, tmp_path, key, value):
     data,model = teacher
-    settings = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    settings = yaml.safe_load((resource_dir("experiments")/"settings"/"tiny.yaml").read_text())
     settings["all"]["model"][key] = value
     (tmp_path/"settings.yaml").write_text(yaml.safe_dump(settings))
     assert any("teacher" in o and key in o and str(model) in o for o in plan("alad-matching-distill-finetune", data, str(tmp_path/"settings.yaml"), teacher=model).problems)

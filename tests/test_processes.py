@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aladin.config import config_from_dict
-from aladin.data import RetrievalSet, load_tokenizer
-from aladin.losses import Criterion
-from aladin.model import AladinConfig, AladinModel, load_model
-from aladin.steps import Processes, Step, read_share
-from aladin.training import TIMES
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import RetrievalSet
+from aladin.train.losses import Criterion
+from aladin.model.model import AladinConfig, AladinModel, load_model
+from aladin.train.processes import Processes
+from aladin.train.step import Step, read_share
+from aladin.train.training import TIMES
 
 WORDS = "red blue green white black brown pink grey".split()
 CASES = {

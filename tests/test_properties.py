@@ -11,17 +11,20 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aladin.cli import main, make_parser
-from aladin.config import ExperimentConfig, config_from_dict, config_to_dict, load_config
-from aladin.data import Ragged, RetrievalSet, load_tokenizer, read_captions, read_keys
-from aladin.embeddings import Embeddings, load_embeddings, save_embeddings
-from aladin.evaluation import retrieval_ranks
-from aladin.files import InputError
-from aladin.graph import experiment_config
-from aladin.manifests import Manifest, load_manifest, manifests_folder
-from aladin.model import AladinConfig, AladinModel, save_model
-from aladin.regions import RegionStore, TsvRegions, convert_regions
-from aladin.search import CaptionEncoder, SearchIndex
+from aladin.cli.main import main, make_parser
+from aladin.config import ExperimentConfig, config_from_dict, config_to_dict
+from aladin.model.authors_config import load_config
+from aladin.data.ragged import Ragged
+from aladin.data.text import load_tokenizer, read_captions, read_keys
+from aladin.data.splits import RetrievalSet
+from aladin.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
+from aladin.evaluate.metrics import retrieval_ranks
+from aladin.files import InputError, resource_dir
+from aladin.runs.graph import experiment_config
+from aladin.data.manifests import Manifest, load_manifest
+from aladin.model.model import AladinConfig, AladinModel, save_model
+from aladin.data.regions import RegionStore, TsvRegions, convert_regions
+from aladin.search.index import CaptionEncoder, SearchIndex
 
 EXAMPLES = int(os.environ.get("ALADIN_EXAMPLES", 0))
 
@@ -119,9 +122,9 @@ def test_files_of_configurations(tmp_path_factory, content):
 @often()
 def test_manifests(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp()/"flickr8k_source.yaml"
-    path.write_bytes(data.draw(damaged((manifests_folder()/path.name).read_bytes())))
+    path.write_bytes(data.draw(damaged((resource_dir("manifests")/path.name).read_bytes())))
     answers(lambda: load_manifest(path))
-    value = yaml.safe_load((manifests_folder()/path.name).read_bytes())
+    value = yaml.safe_load((resource_dir("manifests")/path.name).read_bytes())
     group = data.draw(st.sampled_from([value, *value["files"]]))
     group[data.draw(st.sampled_from([*group, "size", "sha256"]))] = data.draw(plain | values)
     path.write_bytes(in_yaml(value))
@@ -338,7 +341,7 @@ def test_options_of_commands(command, folder, model, index, embeddings, tmp_path
     place = tmp_path_factory.mktemp("options")
     (place/"text.txt").write_text("a")
     monkeypatch.chdir(place)
-    monkeypatch.setattr("aladin.graph.end_with_parent", lambda **_: None)
+    monkeypatch.setattr("aladin.runs.graph.end_with_parent", lambda **_: None)
     monkeypatch.setattr("sys.stdin", io.StringIO("a red fish\n\n"))
     whole = dict(model=model[0], index=index, embeddings=embeddings, bank=embeddings, features=folder, data=folder, name="coco_ir", folder=folder) if command in READERS else {}
     words = [command]

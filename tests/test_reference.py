@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aladin.cli import main
+from aladin.cli.main import main
 from aladin.files import InputError, write_json
-from aladin.graph import describe
+from aladin.runs.graph import describe
 
 root = Path(__file__).resolve().parent.parent
 RUN = "alad-alignment-triplet/seed-88"

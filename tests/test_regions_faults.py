@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aladin.files import InputError
-from aladin.regions import RegionStore, TsvRegions, convert_regions, open_regions
+from aladin.data.regions import RegionStore, TsvRegions, convert_regions, open_regions
 
 ids = [str(100+i) for i in range(12)]
 

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 import aladin
-from aladin.files import InputError, RunFailed
-from aladin.embeddings import load_embeddings
-from aladin.evaluation import evaluate_embeddings
-from aladin.experiments import provenance, report
-from aladin.graph import describe, experiments_dir, run_notebook, run_results
-from aladin.model import load_model
+from aladin.files import InputError, RunFailed, resource_dir
+from aladin.evaluate.embeddings import load_embeddings
+from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.runs.record import provenance
+from aladin.runs.stages import report
+from aladin.runs.graph import describe, run_notebook, run_results
+from aladin.model.model import load_model
 
 TEACHER, STUDENT = RUNS = ("alad-alignment-triplet/seed-1", "alad-matching-distill-finetune/seed-1")
 CONFIGURATIONS = tuple(o.split("/")[0] for o in RUNS)
@@ -102,7 +103,7 @@ def test_a_checkout_with_results_but_no_models_makes_them(results, tmp_path):
 
 def changed_settings(path, **student):
     "The tiny settings with other values for the student."
-    values = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    values = yaml.safe_load((resource_dir("experiments")/"settings"/"tiny.yaml").read_text())
     path.write_text(yaml.safe_dump(values | dict(configurations={CONFIGURATIONS[1]: student})))
     return str(path)
 
@@ -134,7 +135,7 @@ def whole(folder):
 def test_killed_anywhere_it_ends_with_the_same_figures(results, tmp_path):
     "Ten kill -9 at random moments, of the whole process group or of the command alone; then the same command ends undisturbed."
     choose, folder = random.Random(3), tmp_path/"scenes-tiny"
-    code = f"from aladin.cli import main; import sys; sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1'] + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))"
+    code = f"from aladin.cli.main import main; import sys; sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1'] + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))"
     for kill in range(10):
         process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(choose.uniform(2, 14))

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import aladin.heads
+import aladin.model.heads
 from aladin.files import InputError
-from aladin.data import Ragged
-from aladin.embeddings import Embeddings, score_matrix
-from aladin.evaluation import caption_relevance, image_to_text_ranks, retrieval_ranks, text_to_image_ranks
-from aladin.heads import aggregate, alignment_scores
+from aladin.data.ragged import Ragged
+from aladin.evaluate.embeddings import Embeddings
+from aladin.evaluate.scoring import score_matrix
+from aladin.evaluate.metrics import image_to_text_ranks, retrieval_ranks, text_to_image_ranks
+from aladin.evaluate.relevance import caption_relevance
+from aladin.model.heads import aggregate, alignment_scores
 
 aggregations = ["MrSw", "MrAVGw", "MwSr", "symm", "sum", "mean", "scan-sentences"]
 lengths = lambda low, most: st.lists(st.integers(low, 7), min_size=1, max_size=most)
@@ -28,8 +30,8 @@ often = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 def blocks(monkeypatch):
     "Sets the size of the scorer's blocks."
     def resize(cells, columns):
-        monkeypatch.setattr(aladin.heads, "_CELLS", cells)
-        monkeypatch.setattr(aladin.heads, "_COLUMNS", columns)
+        monkeypatch.setattr(aladin.model.heads, "_CELLS", cells)
+        monkeypatch.setattr(aladin.model.heads, "_COLUMNS", columns)
     return resize
 
 
@@ -114,9 +116,9 @@ def test_ranks_from_tiles(images, captions, seed, memory, ties, head):
 PEAK = """
 import resource, sys, torch
 import torch.nn.functional as F
-from aladin.data import Ragged
-from aladin.embeddings import Embeddings
-from aladin.evaluation import retrieval_ranks
+from aladin.data.ragged import Ragged
+from aladin.evaluate.embeddings import Embeddings
+from aladin.evaluate.metrics import retrieval_ranks
 torch.set_num_threads(1)
 images,memory = int(sys.argv[1]),float(sys.argv[2])
 unit = lambda n: F.normalize(torch.randn(n, 32), dim=1)

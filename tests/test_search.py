@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import aladin.engines as engines
+import aladin.search.engines as engines
 from aladin.files import InputError
-from aladin.data import load_tokenizer, open_split
-from aladin.engines import ExactEngine, MilvusEngine, SetStore
-from aladin.model import AladinConfig, AladinModel, load_model, save_model
-from aladin.scenes import write_scenes
-from aladin.search import CaptionEncoder, SearchIndex
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import open_split
+from aladin.search.engines import ExactEngine, MilvusEngine, SetStore
+from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.data.scenes import write_scenes
+from aladin.search.index import CaptionEncoder, SearchIndex
 
 DIM = 24
 
@@ -207,9 +208,10 @@ def answers(index, test): return [[(h.id, round(h.score, 4)) for h in hits] for 
 def test_killed_build_goes_on(scenes, tmp_path, engine):
     "A build that is killed at once after a part: what it wrote stays, the next one encodes the rest, and the answers are those of a build in one go."
     script = f"""
-import os, signal, aladin.search as s
-from aladin.data import load_tokenizer, open_split
-from aladin.model import load_model
+import os, signal, aladin.search.index as s
+from aladin.data.text import load_tokenizer
+from aladin.data.splits import open_split
+from aladin.model.model import load_model
 s._SEGMENT = 10
 put, count = s.SearchIndex._put_images, [0]
 def killed(self, *a):

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from aladin.files import InputError, RunFailed
-from aladin.graph import experiments_dir, run_results
+from aladin.files import InputError, RunFailed, resource_dir
+from aladin.runs.graph import run_results
 
 RUN = "alad-alignment-triplet/seed-1"
-PROFILE = experiments_dir()/"profiles"/"slurm"
+PROFILE = resource_dir("experiments")/"profiles"/"slurm"
 STUDY = dict(size="tiny", seed=1, configurations=("alad-alignment-triplet",))
 COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo", "sacct")
 
@@ -101,7 +101,7 @@ def wait_for(what, seconds=180):
 def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     "A failed job, a killed coordinator whose jobs are cancelled, then the whole."
     out, folder = tmp_path/"results", tmp_path/"results"/"scenes-tiny"
-    broken = yaml.safe_load((experiments_dir()/"settings"/"tiny.yaml").read_text())
+    broken = yaml.safe_load((resource_dir("experiments")/"settings"/"tiny.yaml").read_text())
     broken["all"]["training"]["lr"] = 1e19
     (tmp_path/"broken.yaml").write_text(yaml.safe_dump(broken))
     with pytest.raises(RunFailed, match=f"{RUN}/train.failed.ipynb"):
@@ -109,7 +109,7 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     assert slurm.stages() == ["prepare", "pretrain", "train"] and slurm.states() == {"1": "COMPLETED", "2": "COMPLETED", "3": "FAILED"}
     assert "FloatingPointError" in next((folder/".snakemake"/"slurm_logs").rglob("3.log")).read_text()
 
-    code = f"from aladin.graph import run_results; run_results({str(out)!r}, profile={profile!r}, **{STUDY!r})"
+    code = f"from aladin.runs.graph import run_results; run_results({str(out)!r}, profile={profile!r}, **{STUDY!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(folder.rglob(".train.*.part")))
     process.send_signal(signal.SIGKILL)
