@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aladin.config import DataSettings
 from aladin.files import read_json, write_json
 from aladin.data.ragged import Ragged
-from aladin.data.text import load_tokenizer
+from aladin.data.processor import AladinProcessor
 from aladin.data.splits import RetrievalSet
 from aladin.data.clip import ClipReader, clip_tokens, make_clip, tag_sentences
 from aladin.evaluate.embeddings import Embeddings, encode_split
@@ -32,7 +32,8 @@ from aladin.runs.record import provenance
 from aladin.model.heads import alignment_scores
 from aladin.train.losses import triplet_loss
 from aladin.device import default_device
-from aladin.model.model import AladinConfig, AladinModel
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel
 
 # What the original programs themselves took on one thread of such a machine, measured once: CPU seconds, of how many of our units
 ORIGINALS = dict(scores_200=121.9, ranks_5000=11.5, store=1.39e-3, encoding=.294*300, step=28.6)
@@ -186,7 +187,7 @@ def random_split(images, seed=0):
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/"vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] word thing".split()))
         captions = {str(i): [" ".join(["word"]*int(n)) for n in rng.integers(8, 19, 5)] for i in range(images)}
-        return RetrievalSet(RandomRegions(images, seed), captions, load_tokenizer(d), DataSettings(max_tokens=PAD_TEXT, max_tags=PAD_TEXT, max_regions=PAD_REGIONS))
+        return RetrievalSet(RandomRegions(images, seed), captions, AladinProcessor.from_pretrained(d, DataSettings(max_tokens=PAD_TEXT, max_tags=PAD_TEXT, max_regions=PAD_REGIONS)))
 
 
 def base_model(): return AladinModel(AladinConfig(vocab_size=30522, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, head_dropout=0.0))
@@ -236,7 +237,7 @@ def training_step(batch, how):
     model,data = base_model().train(),random_split(batch)
     rows = np.arange(0, 5*batch, 5)
     def ours():
-        images,words = model.encode_images(data.image_batch(np.arange(batch))),model.encode_captions(data.caption_batch(rows))
+        images,words = model.encode_image_batch(data.image_batch(np.arange(batch))),model.encode_caption_batch(data.caption_batch(rows))
         return alignment_scores(images.sets, words.sets),images.matching @ words.matching.T
     def padded():
         r,w,i,c = padded_pairs(model, data, rows)
@@ -282,7 +283,7 @@ def entangled(images, part):
     g = torch.Generator().manual_seed(0)
     vectors,sets,caption = unit(images, DIM, generator=g),ragged(images, 30, 38, g),data.caption_batch([0])
     def encode(alignment):
-        with torch.no_grad(): return model.encode_captions(caption, alignment=alignment)
+        with torch.no_grad(): return model.encode_caption_batch(caption, alignment=alignment)
     def matching(): return (vectors @ encode(False).matching[0]).topk(10)
     def two_stage():
         query = encode(True)

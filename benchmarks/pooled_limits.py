@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel
 
 from aladin.files import atomic_write, write_json
-from aladin.data.text import load_tokenizer
+from aladin.data.processor import AladinProcessor
 from aladin.data.splits import open_split
 from aladin.config import DataSettings
 from aladin.evaluate.metrics import retrieval_metrics
@@ -109,10 +109,10 @@ def standardise(splits):
 
 
 def measure(args):
-    tokenizer, regions = load_tokenizer(args.data), open_regions(args.data/"regions")
-    data = [open_split(args.data, s, tokenizer, regions, settings=DataSettings(max_tokens=32)) for s in ("train", "minival", "test")]
+    processor, regions = AladinProcessor.from_pretrained(args.data, DataSettings(max_tokens=32)), open_regions(args.data/"regions")
+    data = [open_split(args.data, s, processor, regions) for s in ("train", "minival", "test")]
     images, caption_image = standardise([pooled_regions(o) for o in data]), [torch.from_numpy(o.caption_image) for o in data]
-    words = [occurring_words(o, len(tokenizer)) for o in data]
+    words = [occurring_words(o, len(processor.tokenizer)) for o in data]
     seen = words[0].sum(0) >= 5
     model = AutoModel.from_pretrained(args.text_model, local_files_only=True).eval()
     texts = dict(words=[o[:, seen] for o in words], sentence=standardise([sentence_vectors(o, model) for o in data]))

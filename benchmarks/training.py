@@ -30,7 +30,8 @@ from aladin.files import write_json
 from aladin.runs.record import provenance
 from aladin.train.losses import Criterion
 from aladin.device import default_device
-from aladin.model.model import AladinConfig, AladinModel
+from aladin.model.configuration import model_config
+from aladin.model.model import AladinModel
 from aladin.train.processes import Processes
 from aladin.train.step import Step, read_epoch
 from aladin.train.pretraining import clip_gradients, make_optimizer
@@ -48,7 +49,7 @@ def build(batch, way, size, precision, device):
     config = config_from_dict(dict(model=size | dict(dropout=0.1 if gpu else 0.0), loss=dict(terms=["alignment", "distillation"], weights=[1., 1.]), training=(WAYS | GPU_WAYS)[way] | dict(batch_size=batch, precision=precision)))
     data = random_split(4*batch if gpu else batch)
     torch.manual_seed(0)
-    model = AladinModel(AladinConfig.from_settings(config.model, config.data, 30522, data.regions.dim)).to(device).train()
+    model = AladinModel(model_config(config.model, config.data, 30522, data.regions.dim)).to(device).train()
     model.backbone.recompute = config.training.recompute_layers
     criterion = Criterion(config.loss).to(device)
     optimizer, step = make_optimizer(model, criterion, config.training), Step(model, criterion, data, config)

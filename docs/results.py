@@ -1,6 +1,5 @@
 "Result pages from results/reference/: they read the same files that the tables and figures were written to, so they cannot disagree."
 import base64, csv, re, shutil
-from pathlib import Path
 
 import nbformat
 import yaml

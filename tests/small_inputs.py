@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from aladin.data.processor import AladinProcessor
 from aladin.data.text import build_vocabulary
-from aladin.model.model import AladinConfig, AladinModel, save_model
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel, save_model
 
 SPLITS = ("train", "minival", "test")
 COLOURS = ("red", "blue", "green", "small", "big")
@@ -50,8 +52,14 @@ def write_model(folder, seed=0, dim=DIM):
     torch.manual_seed(seed)
     config = AladinConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, region_dim=dim,
                           max_tokens=40, max_regions=20, drop_last_word=False)
-    save_model(AladinModel(config), vocabulary, folder)
+    save_model(with_processor(AladinModel(config), vocabulary), folder)
     return folder
+
+
+def with_processor(model, vocabulary):
+    "A model that knows how its input is made: by a vocab.txt, or a folder that has one, and the settings of its configuration."
+    model.processor = AladinProcessor.from_pretrained(vocabulary, model.config.settings)
+    return model
 
 
 def write_picture(path, size=(80, 60), seed=0):

@@ -10,6 +10,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from small_inputs import with_processor
+from aladin.data.processor import AladinProcessor
 from aladin.cli.main import main
 from aladin.config import DataSettings, ExperimentConfig, config_from_dict
 from aladin.model.authors_config import load_config
@@ -24,9 +26,9 @@ from aladin.files import InputError, resource_dir
 from aladin.runs.graph import experiment_config
 from aladin.data.manifests import load_manifest
 from aladin.device import default_device, evaluating, select_device
-from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel, load_model, save_model
 from aladin.data.scenes import write_scenes
-from aladin.search.index import CaptionEncoder
 
 BERT = "img_txt_enc.oscar_model.bert."
 REGION_DIM = 70  # of the scenes
@@ -223,8 +225,7 @@ def tiny(tmp_path_factory, scenes):
 def test_search_without_dropout(tiny):
     "A model in training mode encodes a query alike each time, and stays in training mode."
     model = load_model(tiny).train()
-    encode = CaptionEncoder(model, load_tokenizer(tiny))
-    first, again = (encode(["a red fish"])[0] for _ in range(2))
+    first, again = (model.encode_captions("a red fish").matching for _ in range(2))
     assert torch.equal(first, again) and model.training and model.backbone.training
 
 
@@ -279,7 +280,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def opened(folder, **options): return open_split(folder, "test", load_tokenizer(folder), Pictures(), **options)
+def opened(folder, settings=None, **options):
+    return open_split(folder, "test", AladinProcessor.from_pretrained(folder, settings), Pictures(), **options)
 
 
 def test_captions_beyond_five_are_reported(folder, capsys):
@@ -370,7 +372,7 @@ def test_ids_of_any_length(tmp_path, capsys):
     (folder/"vocab.txt").write_text("\n".join(WORDS))
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    save_model(AladinModel(AladinConfig(**sizes, region_dim=10, max_tokens=9)), folder/"vocab.txt", tmp_path/"model")
+    save_model(with_processor(AladinModel(AladinConfig(**sizes, region_dim=10, max_tokens=9)), folder), tmp_path/"model")
     common = ["--model", str(tmp_path/"model"), "--data", str(folder), "--keys", "keys.tsv"]
     assert main(["encode", *common, "--out", str(tmp_path/"e.safetensors")]) == 0 and load_embeddings(tmp_path/"e.safetensors").image_ids == ids[1:]
     assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors"), "--keys", str(folder/"keys.tsv")]) == 0

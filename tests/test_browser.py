@@ -165,14 +165,16 @@ def run(tmp_path_factory):
     "A run folder with an untrained model, beside its scenes."
     from aladin.data.text import load_tokenizer
     from aladin.runs.stages import prepare_data
-    from aladin.model.model import AladinConfig, AladinModel, save_model
+    from aladin.model.configuration import AladinConfig
+    from aladin.model.model import AladinModel, save_model
+    from small_inputs import with_processor
     from aladin.data.scenes import write_scenes
     out = tmp_path_factory.mktemp("explorer")
     write_scenes(out/"scenes", train=4, minival=4, test=30, progress=False)
     prepare_data(out/"scenes", out/"data", progress=False)
     torch.manual_seed(0)
     model = AladinModel(AladinConfig(vocab_size=len(load_tokenizer(out/"data")), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, region_dim=70, max_tokens=40, max_regions=20, drop_last_word=False))
-    save_model(model, out/"data"/"vocab.txt", out/"some-configuration"/"seed-1"/"model")
+    save_model(with_processor(model, out/"data"), out/"some-configuration"/"seed-1"/"model")
     return out/"some-configuration"/"seed-1"
 
 
@@ -213,7 +215,6 @@ def wait_for_address(log, server):
 
 def test_explorer(page, lab, run):
     "Opened, all cells run, a caption typed, a word and a region clicked: what lights up is what the alignment head says."
-    from aladin.data.text import load_tokenizer
     from aladin.data.splits import open_split
     from aladin.model.model import load_model
     from aladin.view.plots import attend
@@ -225,7 +226,8 @@ def test_explorer(page, lab, run):
     page.wait_for_selector(".jp-OutputArea:has-text('two-stage  ')", timeout=60_000)  # the last cell's output
     assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
 
-    model, data = load_model(run/"model"), open_split(run.parents[1]/"data", "test", load_tokenizer(run/"model"))
+    model = load_model(run/"model")
+    data = open_split(run.parents[1]/"data", "test", model.processor)
     caption = 42
     image = int(data.caption_image[caption])
     page.fill(".al-query", data.captions[caption])

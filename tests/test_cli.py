@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from aladin.model.authors import model_from_original
+from aladin.data.processor import AladinProcessor
+from aladin.cli.command import COMMANDS
 from aladin.cli.main import main
 from aladin.config import DataSettings
-from aladin.data.text import load_tokenizer
 from aladin.data.splits import open_split
 from aladin.evaluate.embeddings import encode_to_file, load_embeddings
 from aladin.evaluate.scoring import score_matrix
@@ -102,11 +104,12 @@ def test_evaluation_protocols(embeddings, tmp_path, capsys):
 
 def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
     "Cut off amid the images and again amid the captions, the same call encodes only what is missing, and the file is the same."
-    model,tokenizer = AladinModel.from_original(golden/"checkpoint.pth.tar", golden/"oscar_ckpt"),load_tokenizer(golden/"oscar_ckpt")
-    data = open_split(golden/"data", "train", tokenizer, golden/"feats", settings=DataSettings(max_tokens=20, max_regions=12))
+    model = model_from_original(golden/"checkpoint.pth.tar", golden/"oscar_ckpt")
+    processor = AladinProcessor.from_pretrained(golden/"oscar_ckpt", DataSettings(max_tokens=20, max_regions=12))
+    data = open_split(golden/"data", "train", processor, golden/"feats")
     encode_to_file(model, data, tmp_path/"whole.safetensors", 1, progress=False)
     calls,limit = [],[130]
-    for name in ("encode_images", "encode_captions"):
+    for name in ("encode_image_batch", "encode_caption_batch"):
         def cut(*args, whole=getattr(AladinModel, name), name=name):
             if len(calls) == limit[0]: raise KeyboardInterrupt
             calls.append(name)
@@ -116,15 +119,15 @@ def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
     for limit[0] in (130, 400):
         with pytest.raises(KeyboardInterrupt): encode()
         assert not (tmp_path/"e.safetensors").exists()
-    assert calls.count("encode_images") == 160 + 30  # a hundred were noted as done
+    assert calls.count("encode_image_batch") == 160 + 30  # a hundred were noted as done
     limit[0] = None
     encode()
-    assert calls.count("encode_captions") == len(data) + 10  # 210 were there, 200 noted
+    assert calls.count("encode_caption_batch") == len(data) + 10  # 210 were there, 200 noted
     assert (tmp_path/"e.safetensors").read_bytes() == (tmp_path/"whole.safetensors").read_bytes()
     assert sorted(o.name for o in tmp_path.iterdir()) == ["e.safetensors", "whole.safetensors"]
 
 
-@pytest.mark.parametrize("command", ["", "prepare", "convert", "convert-detections", "train", "plan", "encode", "evaluate", "fetch", "verify", "results"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command):
     done = subprocess.run([sys.executable, "-c", "from aladin.cli.main import main; main()", *command.split(), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout

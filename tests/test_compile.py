@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from aladin.data.ragged import Ragged
-from aladin.model.model import AladinConfig, AladinModel
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 

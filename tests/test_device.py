@@ -15,21 +15,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from aladin.model.configuration import config_for_split
+from aladin.data.processor import AladinProcessor
 from aladin.train.checkpoints import Checkpoints
 from aladin.cli.main import main
 from aladin.config import config_from_dict
 from aladin.files import read_json
-from aladin.data.text import load_tokenizer
 from aladin.data.splits import open_split
 from aladin.data.regions import open_regions
-from aladin.data.splits import open_inputs
 from aladin.evaluate.embeddings import load_embeddings
 from aladin.evaluate.scoring import score_matrix
 from aladin.evaluate.metrics import evaluate_model
 from aladin.evaluate.relevance import top_ranked
 from aladin.evaluate.entangled import EntangledScorer
 from aladin.runs.stages import evaluate_run, prepare_data, prepare_scenes
-from aladin.model.model import AladinConfig, AladinModel, load_model
+from aladin.model.model import AladinModel, load_model
 from aladin.view.plots import attend
 from aladin.search.index import SearchIndex
 from aladin.train.processes import Processes
@@ -100,12 +100,13 @@ def train_way(changes, data):
                     training=dict(batch_size=12, lr=1e-3, max_steps=STEPS, validate_every=3, warmup_steps=2))
     for part, values in changes.items(): settings[part] = settings.get(part, {}) | values
     if settings["loss"]["weights"] != "auto": settings["loss"]["weights"] = (settings["loss"]["weights"] + [1.]*3)[:len(settings["loss"]["terms"])]
-    config, tokenizer = config_from_dict(settings), load_tokenizer(data)
-    train, minival = (open_inputs(data, s, tokenizer, config.data, features=open_regions(Path(data)/"regions")) for s in ("train", "minival"))
+    config = config_from_dict(settings)
+    processor = AladinProcessor.from_pretrained(data, config.data)
+    train, minival = (open_split(data, s, processor, open_regions(Path(data)/"regions")) for s in ("train", "minival"))
 
     def work(device):
         set_seed(0)
-        model = AladinModel(AladinConfig.for_split(config, train, len(tokenizer))).to(device)
+        model = AladinModel(config_for_split(config, train)).to(device)
         training = Training(model, train, config, lambda m, heads: {k: {d: v for d, v in o.items() if d != "seconds"} for k, o in evaluate_model(m, minival, heads).items()}, progress=False)
         counted, after = [], training._after_step
 
@@ -123,12 +124,12 @@ def train_way(changes, data):
 
 def pretraining(data):
     "The stand-in for VinVL's pre-training."
-    train = open_split(data, "train", load_tokenizer(data), features=Path(data)/"regions")
+    train = open_split(data, "train", AladinProcessor.from_pretrained(data), features=Path(data)/"regions")
 
     def work(device, steps):
         config = config_from_dict(dict(model=dict(hidden_size=16, layers=1, attention_heads=2, intermediate_size=16), training=dict(batch_size=8, pretrain_steps=steps, thinning=.1)))
         set_seed(0)
-        model = AladinModel(AladinConfig.for_split(config, train, len(train.tokenizer))).to(device)
+        model = AladinModel(config_for_split(config, train)).to(device)
         waits.clear()
         log = pretrain(model, train, config.training, 0, progress=False)
         return dict(weights=dict(model.state_dict()), log=log.to_numpy()), sum(waits.values())
@@ -156,12 +157,12 @@ def whole_run(data, folder):
         run("encode", "--model", out/"run"/"model", "--data", data, "--split", "test", "--out", out/"test.safetensors")
         run("evaluate", "--embeddings", out/"test.safetensors", "--head", "alignment", "--bank", out/"test.safetensors", "--json", out/"evaluated.json")
         model, embeddings = load_model(out/"run"/"model").to(device), load_embeddings(out/"test.safetensors").to(device)
-        test = open_split(data, "test", load_tokenizer(out/"run"/"model"), features=Path(data)/"regions")
+        test = open_split(data, "test", AladinProcessor.from_pretrained(out/"run"/"model"), features=Path(data)/"regions")
         index = SearchIndex.build(model, test)
         hits = index.search(test.captions[0], k=3, explain=True)
         pointing = attend(model, test, 0, 0)
         torch.manual_seed(0)
-        entangled = AladinModel(AladinConfig.for_split(config_from_dict(dict(model=dict(hidden_size=16, layers=1, attention_heads=2, intermediate_size=16))), test, len(test.tokenizer)))
+        entangled = AladinModel(config_for_split(config_from_dict(dict(model=dict(hidden_size=16, layers=1, attention_heads=2, intermediate_size=16))), test))
         entangled.classifier = torch.nn.Linear(16, 2)
         pairs = EntangledScorer(entangled.eval().to(device), test).scores([0, 5, 10], [0, 1, 0])
         return dict(resumed_alike=same(first, again), weights=again, heads=strip(metrics["heads"]), corrected=strip(metrics["heads_csls"]), evaluated=strip(read_json(out/"evaluated.json")), embeddings=[embeddings.image_matching, embeddings.regions.values, embeddings.words.values],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
+from aladin.data.processor import AladinProcessor
 from aladin.config import config_from_dict
 from aladin.model.authors_config import config_from_authors, load_config
 from aladin.files import InputError
@@ -50,7 +51,8 @@ def fails(action, *names):
     assert error.value.fix
 
 
-def open_test(data, **kwargs): return open_split(data, "test", load_tokenizer(golden/"oscar_ckpt"), golden/"feats", **kwargs)
+def open_test(data, settings=None, **kwargs):
+    return open_split(data, "test", AladinProcessor.from_pretrained(golden/"oscar_ckpt", settings), golden/"feats", **kwargs)
 
 
 def write_pickle(value, path): path.write_bytes(pickle.dumps(value, protocol=2))

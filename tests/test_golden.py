@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from aladin.data.processor import AladinProcessor
 from aladin.model.backbone import Layout
 from aladin.config import DataSettings, LossSettings
 from aladin.model.authors_config import config_from_authors
@@ -92,7 +93,7 @@ def split_data(name):
     "A split by its recorded name: `test` with test_img_keys.tsv, `test1k` with test_img_keys_1k.tsv, others without a key file."
     split,part = re.fullmatch(r"(\D+)(\d+k)?", name).groups()
     keys = v1/"data"/f"{split}_img_keys{'_'+part if part else ''}.tsv"
-    return open_split(v1/"data", split, tokenizer(), v1/"feats", keys if keys.exists() else None, settings())
+    return open_split(v1/"data", split, AladinProcessor(tokenizer(), settings()), v1/"feats", keys if keys.exists() else None)
 
 
 @cache
@@ -240,7 +241,7 @@ def test_embeddings_and_sets_of_the_batch(side):
     with torch.no_grad():
         hidden = model().backbone.regions_of(hidden_states(model)["img"][-1], images) if side == "img" else hidden_states(model)["txt"][-1]
         close(model().matching(hidden), arrays("forward")[f"{side}_emb"], atol=1e-5)
-        encoded = model().encode_images(images) if side == "img" else model().encode_captions(captions)
+        encoded = model().encode_image_batch(images) if side == "img" else model().encode_caption_batch(captions)
     close(encoded.matching, arrays("forward")[f"{side}_emb"], atol=1e-5)
     assert np.array_equal(hidden.lengths, arrays("forward")[f"out_{side}_len"])
     recorded = tensor("forward", f"{side}_set").transpose(0, 1)
@@ -789,7 +790,7 @@ def encode_like_reference(own, side, whole_sets=False):
     if whole_sets: own.alignment.region_set = own.alignment.word_set = normalised
     if "gated" in (own.config.depth_alignment, own.config.depth_matching): own.depth.forward = lambda states: gated_like_reference(own, side)
     images,captions = forward_inputs()
-    with torch.no_grad(): return own.encode_images(images) if side == "img" else own.encode_captions(captions)
+    with torch.no_grad(): return own.encode_image_batch(images) if side == "img" else own.encode_caption_batch(captions)
 
 
 @pytest.mark.parametrize("side", ["img", "cap"])
@@ -821,9 +822,9 @@ def test_gates_see_their_own_item_only(variant, name):
     "Unlike the reference's, an item's embedding is the same alone and in a batch."
     captions = forward_inputs()[1]
     with torch.no_grad():
-        together = variant(name).encode_captions(captions)
+        together = variant(name).encode_caption_batch(captions)
         for i,tokens in enumerate(captions):
-            alone = variant(name).encode_captions(Ragged.stack([tokens]))
+            alone = variant(name).encode_caption_batch(Ragged.stack([tokens]))
             close(alone.matching[0], together.matching[i], atol=1e-5)
             close(alone.sets.values, together.sets[i], atol=1e-5)
 
@@ -845,6 +846,6 @@ def test_variant_trains(variant, name):
 def test_variant_encodes_a_split(variant, name):
     data = split_data(full_splits[0])
     e = encode_split(variant(name), data, progress=False)
-    encoded = variant(name).encode_captions(data.caption_batch([0]))
+    encoded = variant(name).encode_caption_batch(data.caption_batch([0]))
     close(e.caption_matching[0], encoded.matching[0], atol=1e-5)
     close(e.words[0], encoded.sets[0], atol=1e-5)

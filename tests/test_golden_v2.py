@@ -211,7 +211,7 @@ def test_forward(name):
     "Embeddings, sets and hidden states of every combination of detections, tags and captions."
     m,(images,captions) = model_of(name),inputs(name)
     a = lambda key: torch.from_numpy(forward[f"{name}/{key}"])
-    left,right = m.encode_images(images),m.encode_captions(captions)
+    left,right = m.encode_image_batch(images),m.encode_caption_batch(captions)
     np.testing.assert_allclose(left.matching, a("img_emb"), atol=1e-5)
     np.testing.assert_allclose(right.matching, a("cap_emb"), atol=1e-5)
     for hidden,key,drop in ((m.backbone.encode_captions(captions), "txt_last_hidden", 0), (Ragged(m.backbone.regions_of(m.backbone.encode_images(images), images).values, images.regions.lengths), "img_last_hidden", a("img_segment_ids").shape[1])):
@@ -230,7 +230,7 @@ def test_training_step(name, terms):
         if isinstance(o, torch.nn.MultiheadAttention): o.dropout = 0.0
     m.config.attention_probs_dropout_prob = 0.0
     images,captions = inputs(name)
-    left,right = m.encode_images(images),m.encode_captions(captions)
+    left,right = m.encode_image_batch(images),m.encode_caption_batch(captions)
     terms_list = terms.split("-")
     total,losses = Criterion(LossSettings(terms=terms_list, weights=[1.0]*len(terms_list)))(m.alignment(left.sets, right.sets), left.matching, right.matching)
     a = lambda key: steps[f"{name}/{terms}/{key}"]

@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from aladin.data.splits import open_split
+from aladin.data.processor import AladinProcessor
 from aladin.cli.main import main
 from aladin.config import DataSettings, config_from_dict
 from aladin.files import InputError, resource_dir
-from aladin.data.text import load_tokenizer
 from aladin.data.clip import ClipReader
-from aladin.data.splits import open_inputs
 from aladin.runs.stages import evaluate_run, needs_teacher, prepare_data, prepare_scenes, train_run
 from aladin.runs.graph import experiment_config
 from aladin.model.model import load_model
@@ -47,7 +47,7 @@ def test_configuration(name, data, tmp_path):
     ours, again = (load_file(p) for p in (tmp_path/"run"/"embeddings.safetensors", tmp_path/"e.safetensors"))
     for key in ("regions", "words", "caption_matching", "region_offsets"): assert torch.equal(ours[key], again[key]), key
     model = load_model(tmp_path/"run"/"model")
-    test = open_inputs(data, "test", load_tokenizer(data), config.data)
+    test = open_split(data, "test", AladinProcessor.from_pretrained(data, config.data))
     regions = test.regions
     counts = [min(regions.num_regions(i), config.data.max_regions) - 1 for i in test.image_ids]
     assert ours["region_offsets"].diff().tolist() == counts
@@ -72,7 +72,7 @@ def test_tags_are_read_once(data, tmp_path):
 
 def test_both_merges(data):
     "The published merge pairs other vectors with the boxes."
-    aligned, published = (open_inputs(data, "test", load_tokenizer(data), DataSettings(detections="det+fast", merge=m)) for m in ("aligned", "published"))
+    aligned, published = (open_split(data, "test", AladinProcessor.from_pretrained(data, DataSettings(detections="det+fast", merge=m))) for m in ("aligned", "published"))
     assert aligned.regions.fingerprint != published.regions.fingerprint
     i = aligned.image_ids[0]
     assert sorted(aligned.regions.tags(i)) == sorted(published.regions.tags(i))
@@ -84,7 +84,7 @@ def test_missing_inputs(data, tmp_path):
         folder = tmp_path/name
         shutil.copytree(data, folder, ignore=shutil.ignore_patterns(name, "clip_cache"))
         with pytest.raises(InputError, match=f"{name}.*{'convert-detections' if name == 'detic' else 'make-clip'}"):
-            open_inputs(folder, "test", load_tokenizer(folder), DataSettings(detections="det", tag_reader="clip"))
+            open_split(folder, "test", AladinProcessor.from_pretrained(folder, DataSettings(detections="det", tag_reader="clip")))
         assert any(name in p for p in plan(CONFIGURATIONS[0], folder, "tiny", steps=1).problems)
     with pytest.raises(InputError, match="make-clip"): ClipReader(tmp_path/"nothing")
     wide = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=99, hidden_size=32, projection_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1))
@@ -104,7 +104,7 @@ def test_images_without_detections(data, tmp_path, capsys):
     info = json.loads((store/"store.json").read_text())
     info["files"]["ids.json"] = (store/"ids.json").stat().st_size
     (store/"store.json").write_text(json.dumps(info))
-    split = open_inputs(folder, "test", load_tokenizer(folder), DataSettings(detections="det"))
+    split = open_split(folder, "test", AladinProcessor.from_pretrained(folder, DataSettings(detections="det")))
     told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(told) == 1 and all(i in told[0] for i in list(names)[:2])
     assert split.image_ids == list(names)[2:]

@@ -1,27 +1,26 @@
 "What a real machine brings: second processes, full disks, umasks, homes and folders that cannot be written, links, odd names, terminals and pipes."
-import io
+import inspect, io
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import aladin.cli.main as cli
+from aladin.cli.command import COMMANDS, parser_of
 from aladin.cli.main import main
-from aladin.data.text import build_vocabulary
 from aladin.data.clip import ClipReader, make_clip
 from aladin.evaluate.embeddings import load_embeddings
-from aladin.runs.stages import prepare_data, train_run
+from aladin.runs.stages import train_run
 from aladin.files import InputError, locked, read_json
 from aladin.runs.graph import _with_home, experiment_config, run_results
 from aladin.search.index import SearchIndex
-from small_inputs import ids_of, write_data, write_model
+from small_inputs import write_data, write_model
 
 COMMAND = [sys.executable, "-m", "aladin"]
 
@@ -355,13 +354,18 @@ def test_a_closed_pipe_ends_the_command_quietly(made, tmp_path):
 
 # Options
 
-def options(): return [(name, o.option_strings[-1], o) for name, p in cli.make_parser()._subparsers._group_actions[0].choices.items() for o in p._actions if o.option_strings and o.type and "read" in o.type.__name__]
+def options():
+    "Every option that takes a number, with its command."
+    for name, made in COMMANDS.items():
+        for action in parser_of(made)._actions:
+            if action.option_strings and action.type: yield name, action.option_strings[-1]
 
 
-@pytest.mark.parametrize("command, option", [(c, o) for c, o, _ in options()])
+@pytest.mark.parametrize("command, option", list(options()))
 def test_numbers_out_of_range_are_refused_by_name(command, option, capsys):
     "Before anything is read: the other options that are needed are missing."
-    lowest = cli._LIMITS[option.lstrip("-").replace("-", "_")][0]
+    (action,) = (a for a in parser_of(COMMANDS[command])._actions if option in a.option_strings)
+    lowest = inspect.getclosurevars(action.type).nonlocals["lowest"]
     for value in (lowest - 1, "much", "nan"):
         with pytest.raises(SystemExit) as stop: main([command, option, str(value)])
         assert stop.value.code == 2 and f"argument {option}" in said(capsys).replace("argument -k", f"argument {option}")

@@ -7,23 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import aladin.data.pictures as picture_files
 from aladin.cli.main import main
-from aladin.data.text import load_tokenizer, read_captions
-from aladin.data.splits import open_split
+from aladin.data.text import read_captions
+from aladin.data.splits import open_split, open_images
 from aladin.evaluate.embeddings import encode_split
 from aladin.evaluate.metrics import evaluate_embeddings
 from aladin.view.explorer import Explorer
-from aladin.files import InputError, locked, read_json
-from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.files import InputError, read_json
+from aladin.model.model import load_model
 from aladin.data.pictures import Pictures, find_pictures, open_picture
 from aladin.data.formats import read_caption_file
 from aladin.data.extract import Detector, extract, make_detector
 from aladin.view.plots import Attention, plot_attention
-from aladin.data.regions import convert_regions, open_regions
+from aladin.data.regions import open_regions
 from aladin.search.index import SearchIndex
 from aladin.search.page import picture_finder, search_page
 from small_inputs import ids_of, write_data, write_model, write_picture
@@ -90,9 +89,7 @@ def test_turned_pictures_stand_upright_everywhere(tmp_path, detector, model):
 
 
 def open_all(data, model):
-    from aladin.cli.search import _pictures_of
-    loaded = load_model(model)
-    return _pictures_of(data, loaded, load_tokenizer(model), None, None, None)
+    return open_images(data, load_model(model).processor)
 
 
 @pytest.mark.parametrize("kind", ["I;16", "I;16B", "I"])
@@ -295,7 +292,7 @@ def test_one_region_that_is_left_out(tmp_path, capsys):
     "The published weights leave region 0 out: an image with one region has none left, and a score of 0."
     data = write_data(tmp_path/"data", 3, regions=1)
     model = write_model(tmp_path/"model")
-    encoded = encode_split(load_model(model), open_split(data, "test", load_tokenizer(model)), progress=False)
+    encoded = encode_split(load_model(model), open_split(data, "test", load_model(model).processor), progress=False)
     assert encoded.regions.lengths.tolist() == [0, 0, 0]
     assert evaluate_embeddings(encoded, ("alignment", "matching"))["alignment"]["rsum"] >= 0
     assert main(["encode", "--model", str(model), "--data", str(data), "--out", str(tmp_path/"e.safetensors")]) == 0

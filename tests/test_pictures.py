@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from aladin.model.model import load_model
 from aladin.cli.main import main
-from aladin.data.text import load_tokenizer, read_captions
+from aladin.data.text import read_captions
 from aladin.data.splits import open_split
 from aladin.view.explorer import Explorer
 from aladin.files import InputError, locked, read_json
@@ -21,7 +22,6 @@ from aladin.data.pictures import find_pictures, open_picture
 from aladin.view.plots import Attention, plot_attention
 from aladin.data.regions import TsvFile, TsvRegions, convert_regions
 from aladin.search.index import Alignment, Hit, SearchIndex
-from aladin.cli.search import open_index
 from aladin.search.page import picture_finder, search_page
 from small_inputs import write_data, write_model, write_picture
 
@@ -272,7 +272,7 @@ def test_sets_of_size_zero_are_searched_and_explored(tmp_path):
     assert main(["index", "--model", str(model), "--data", str(data), "--out", str(index)]) == 0
     assert main(["search", "a red fish", "--index", str(index), "--show", str(tmp_path/"page.html")]) == 0
     assert main(["search", "--image", "1000", "--index", str(index)]) == 0
-    opened = open_index(index)
+    opened = SearchIndex.open(index)
     assert [h.score for h in opened.search("a red fish", explain=True)] == [0, 0, 0]
     assert opened.pair("a red fish", "1000").alignment.cosines.shape == (0, 3)
     explorer = Explorer(opened)
@@ -286,22 +286,16 @@ def test_long_ids_in_each_engine(tmp_path, engine):
     "Up to 500 bytes, spaces, quotes and non-ASCII characters; beyond, a refusal before anything is written. Vanished ones are pruned."
     if engine == "milvus": pytest.importorskip("milvus_lite")
     odd = ["a b \"c\" 'd' \\ é", "図"*166, "x"*500]
-    data, model = write_data(tmp_path/"data", ids=odd), load_tokenizer_and_model(tmp_path)
-    index = SearchIndex.build(model[1], open_split(data, "test", model[0]), tmp_path/"index", engine, progress=False)
+    data, model = write_data(tmp_path/"data", ids=odd), load_model(write_model(tmp_path/"model"))
+    index = SearchIndex.build(model, open_split(data, "test", model.processor), tmp_path/"index", engine, progress=False)
     assert {h.id for h in index.search("a red fish", k=9)} == set(index.image_ids()) == set(odd)
     index.delete([odd[1]])
     assert set(index.image_ids()) == {odd[0], odd[2]} and len(index) == 2
     index.close()
     long = write_data(tmp_path/"long", ids=["1", "y"*501])
     with pytest.raises(InputError, match="at most 500 bytes"):
-        SearchIndex.build(model[1], open_split(long, "test", model[0]), tmp_path/"other", progress=False)
+        SearchIndex.build(model, open_split(long, "test", model.processor), tmp_path/"other", progress=False)
     assert not (tmp_path/"other"/"images").exists()
-
-
-def load_tokenizer_and_model(tmp_path):
-    from aladin.model.model import load_model
-    folder = write_model(tmp_path/"model")
-    return load_tokenizer(folder), load_model(folder)
 
 
 def test_names_that_are_too_long_are_refused(detectors, tmp_path):

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import yaml
 
+from small_inputs import with_processor
+from aladin.model.configuration import model_config
 from aladin.files import resource_dir
 from aladin.cli.main import main
 from aladin.data.text import load_tokenizer
 from aladin.runs.stages import prepare_data
 from aladin.runs.graph import experiment_config
-from aladin.model.model import AladinConfig, AladinModel, save_model
+from aladin.model.model import AladinModel, save_model
 from aladin.runs.plan import plan
 from aladin.data.regions import open_regions
 from aladin.data.scenes import write_scenes
@@ -178,7 +180,8 @@ def teacher(scenes, tmp_path_factory):
     data,folder = tmp_path_factory.mktemp("prepared")/"data",tmp_path_factory.mktemp("teacher")/"model"
     prepare_data(scenes, data, progress=False)
     config = experiment_config("alad-alignment-triplet", "tiny")
-    save_model(AladinModel(AladinConfig.from_settings(config.model, config.data, len(load_tokenizer(data)), open_regions(data/"regions").dim)), data/"vocab.txt", folder)
+    sizes = len(load_tokenizer(data)), open_regions(data/"regions").dim
+    save_model(with_processor(AladinModel(model_config(config.model, config.data, *sizes)), data), folder)
     return data,folder
 
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aladin.data.processor import AladinProcessor
 from aladin.config import config_from_dict
-from aladin.data.text import load_tokenizer
 from aladin.data.splits import RetrievalSet
 from aladin.train.losses import Criterion
-from aladin.model.model import AladinConfig, AladinModel, load_model
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel, load_model
 from aladin.train.processes import Processes
 from aladin.train.step import Step, read_share
 from aladin.train.training import TIMES
@@ -48,7 +49,7 @@ class Regions:
 
 def gradients(vocabulary, loss, rows, chunk_size, processes, device="cpu"):
     "Total loss and gradients of one step of a small model; what was received, in bytes."
-    data = RetrievalSet(Regions(), {str(i): [f"a {WORDS[i % 8]} thing {WORDS[i//2]} a", f"one {WORDS[i % 5]}"] for i in range(10)}, load_tokenizer(vocabulary))
+    data = RetrievalSet(Regions(), {str(i): [f"a {WORDS[i % 8]} thing {WORDS[i//2]} a", f"one {WORDS[i % 5]}"] for i in range(10)}, AladinProcessor.from_pretrained(vocabulary))
     loss = dict(loss)
     model = dict(hidden_size=16, layers=2, attention_heads=2, intermediate_size=16, dropout=0., aggregation=loss.pop("aggregation", "MrSw"))
     config = config_from_dict(dict(model=model, loss=loss | dict(weights=[1.]*len(loss["terms"])), training=dict(chunk_size=chunk_size)))

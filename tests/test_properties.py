@@ -1,8 +1,7 @@
 """Any input gives a valid result or an InputError, never another exception and never a hang.
 
 Values, raw bytes, and files whose bytes are changed or cut off. ALADIN_EXAMPLES=1000 tries as many of each, others each time."""
-import argparse, base64, contextlib, io, json, os, signal
-from pathlib import Path
+import base64, contextlib, io, json, os, signal
 
 import numpy as np
 import pytest
@@ -11,20 +10,23 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aladin.cli.main import main, make_parser
+from small_inputs import with_processor
+from aladin.cli.command import COMMANDS, parser_of
+from aladin.cli.main import main
 from aladin.config import ExperimentConfig, config_from_dict, config_to_dict
 from aladin.model.authors_config import load_config
 from aladin.data.ragged import Ragged
-from aladin.data.text import load_tokenizer, read_captions, read_keys
+from aladin.data.text import read_captions, read_keys
 from aladin.data.splits import RetrievalSet
 from aladin.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
 from aladin.evaluate.metrics import retrieval_ranks
 from aladin.files import InputError, resource_dir
 from aladin.runs.graph import experiment_config
 from aladin.data.manifests import Manifest, load_manifest
-from aladin.model.model import AladinConfig, AladinModel, save_model
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel, save_model
 from aladin.data.regions import RegionStore, TsvRegions, convert_regions
-from aladin.search.index import CaptionEncoder, SearchIndex
+from aladin.search.index import SearchIndex
 
 EXAMPLES = int(os.environ.get("ALADIN_EXAMPLES", 0))
 
@@ -259,23 +261,23 @@ def model(tmp_path_factory):
     (folder/"vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a red fish".split()))
     torch.manual_seed(0)
     model = AladinModel(AladinConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, region_dim=8, max_tokens=8, max_regions=4, drop_first_region=False, drop_last_word=False))
-    save_model(model.eval(), folder/"vocab.txt", folder/"model")
-    return folder/"model", CaptionEncoder(model, load_tokenizer(folder))
+    save_model(with_processor(model.eval(), folder), folder/"model")
+    return folder/"model", model
 
 
 @pytest.fixture(scope="module")
 def index(folder, model, tmp_path_factory):
     "A small index with a deletion."
-    out, encoder = tmp_path_factory.mktemp("index")/"index", model[1]
+    out, loaded = tmp_path_factory.mktemp("index")/"index", model[1]
     captions = {str(i): ["a red fish", "a fish"][:1 + i % 2] for i in range(4)}
-    made = SearchIndex.build(encoder.model, RetrievalSet(RegionStore(folder.parent/"store"), captions, encoder.tokenizer), out, progress=False)
+    made = SearchIndex.build(loaded, RetrievalSet(RegionStore(folder.parent/"store"), captions, loaded.processor), out, progress=False)
     made.delete(["2"])
     return out
 
 
-def search(index, encoder):
+def search(index, model):
     "Open the index and ask in both directions."
-    opened = SearchIndex(index, encoder)
+    opened = SearchIndex(index, model)
     hits = opened.search("a red fish", 3, explain=True) + opened.search_captions("1", 3, explain=True)
     for hit in hits: assert np.isfinite(hit.score) and isinstance(hit.id, str) and len(hit.alignment.best()) <= len(hit.alignment.words)
     return [hit.id for hit in hits]
@@ -312,8 +314,7 @@ def test_descriptions_of_indexes(index, model, data):
 
 def commands():
     "Name and options of each command."
-    (found,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {name: [a for a in p._actions if a.dest != "help"] for name, p in found.choices.items()}
+    return {name: [a for a in parser_of(made)._actions if a.dest != "help"] for name, made in COMMANDS.items()}
 
 
 names = st.text(st.characters(exclude_characters="/\\.\0:", exclude_categories=["Cs"]), max_size=8).filter(lambda o: not o.startswith("-") and o not in ("milvus", "scenes"))

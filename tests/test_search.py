@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import aladin.search.engines as engines
+from small_inputs import with_processor
 from aladin.files import InputError
-from aladin.data.text import load_tokenizer
 from aladin.data.splits import open_split
 from aladin.search.engines import ExactEngine, MilvusEngine, SetStore
-from aladin.model.model import AladinConfig, AladinModel, load_model, save_model
+from aladin.model.configuration import AladinConfig
+from aladin.model.model import AladinModel, load_model, save_model
 from aladin.data.scenes import write_scenes
-from aladin.search.index import CaptionEncoder, SearchIndex
+from aladin.search.index import SearchIndex
 
 DIM = 24
 
@@ -190,15 +191,16 @@ def test_without_pymilvus(monkeypatch, tmp_path):
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder/"data", train=4, minival=4, test=48, seed=2, progress=False)
-    tokenizer = load_tokenizer(folder/"data")
-    test = open_split(folder/"data", "test", tokenizer)
+    test = open_split(folder/"data", "test")
     torch.manual_seed(0)
-    config = AladinConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, region_dim=test.regions.dim, max_tokens=40)
-    save_model(AladinModel(config), folder/"data"/"vocab.txt", folder/"model")
+    config = AladinConfig(vocab_size=len(test.processor.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, region_dim=test.regions.dim, max_tokens=40)
+    save_model(with_processor(AladinModel(config), folder/"data"), folder/"model")
     return folder
 
 
-def opened(scenes): return load_model(scenes/"model"), open_split(scenes/"data", "test", load_tokenizer(scenes/"model"))
+def opened(scenes):
+    model = load_model(scenes/"model")
+    return model, open_split(scenes/"data", "test", model.processor)
 
 
 def answers(index, test): return [[(h.id, round(h.score, 4)) for h in hits] for hits in index.search_all(test.captions[::7], k=10, rerank=30)]
@@ -209,7 +211,6 @@ def test_killed_build_goes_on(scenes, tmp_path, engine):
     "A build that is killed at once after a part: what it wrote stays, the next one encodes the rest, and the answers are those of a build in one go."
     script = f"""
 import os, signal, aladin.search.index as s
-from aladin.data.text import load_tokenizer
 from aladin.data.splits import open_split
 from aladin.model.model import load_model
 s._SEGMENT = 10
@@ -219,12 +220,13 @@ def killed(self, *a):
     count[0] += 1
     put(self, *a)
 s.SearchIndex._put_images = killed
-s.SearchIndex.build(load_model({str(scenes/'model')!r}), open_split({str(scenes/'data')!r}, "test", load_tokenizer({str(scenes/'model')!r})), {str(tmp_path/'index')!r}, {engine!r}, progress=False)
+model = load_model({str(scenes/'model')!r})
+s.SearchIndex.build(model, open_split({str(scenes/'data')!r}, "test", model.processor), {str(tmp_path/'index')!r}, {engine!r}, progress=False)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     model, test = opened(scenes)
-    half = SearchIndex(tmp_path/"index", CaptionEncoder(model, test.tokenizer))
+    half = SearchIndex(tmp_path/"index", model)
     assert len(half) == 20 and all(i in half for i in test.image_ids[:20])
     assert half.add(test, progress=False) == 28
     assert answers(half, test) == answers(SearchIndex.build(model, test, progress=False), test)
@@ -240,7 +242,8 @@ def test_index_on_a_server(scenes, server, tmp_path):
     second.delete([test.image_ids[0]])
     assert test.image_ids[0] not in index and len(index.engines["captions"]) == len(test) - 5
     other = AladinModel(model.config)
-    with pytest.raises(InputError, match="search with that model"): SearchIndex(tmp_path/"index", CaptionEncoder(other, test.tokenizer))
+    other.processor = model.processor
+    with pytest.raises(InputError, match="search with that model"): SearchIndex(tmp_path/"index", other)
 
 
 def test_pictures_from_other_data_replace(scenes, tmp_path):
@@ -248,7 +251,7 @@ def test_pictures_from_other_data_replace(scenes, tmp_path):
     model, test = opened(scenes)
     index = SearchIndex.build(model, test, tmp_path/"index", progress=False)
     write_scenes(tmp_path/"other", train=4, minival=4, test=48, seed=3, progress=False)
-    other = open_split(tmp_path/"other", "test", test.tokenizer)
+    other = open_split(tmp_path/"other", "test", test.processor)
     other.captions, other.caption_image = other.captions[:3], other.caption_image[:3]
     other.caption_tokens = other.caption_inputs = other.caption_tokens[:3]
     assert other.image_ids == test.image_ids and index.add(other, progress=False) == 48

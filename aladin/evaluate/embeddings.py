@@ -93,7 +93,7 @@ class _Encoding:
         order,offsets = self.order[side],np.concatenate([[0], self.rows[side].cumsum()])
         steps = range(0, len(order), self.batch_size)
         with evaluating(self.model):
-            encode = self.model.encode_images if side == "images" else self.model.encode_captions
+            encode = self.model.encode_image_batch if side == "images" else self.model.encode_caption_batch
             batches = self._read(side, [order[at:at+self.batch_size] for at in steps[done:]])
             for items,batch in tqdm(batches, desc=side, initial=done, total=len(steps), unit="batch", disable=not progress):
                 out = encode(batch.to(self.device, non_blocking=True))

@@ -16,7 +16,9 @@ from torch import nn, Tensor
 from ..files import InputError, read_json
 from ..data.text import load_torch_file
 from .authors_config import config_from_authors
-from .model import check_geometry, variant_settings, AladinConfig, AladinModel
+from ..data.processor import AladinProcessor
+from .configuration import check_geometry, variant_settings, AladinConfig
+from .model import AladinModel
 
 # %% ../../nbs/model/04_authors.ipynb #ca4fb456
 _PREFIXES = (("img_txt_enc.oscar_model.bert.embeddings.clip_local_to_oscar_embeddings.", "backbone.clip_captions."), ("img_txt_enc.oscar_model.bert.embeddings.clip_global_to_oscar_embeddings.", "backbone.clip_tags."),
@@ -162,6 +164,8 @@ def model_from_original(
     else:
         path = Path(oscar_dir)/"pytorch_model.bin"
         load_original_weights(model, _original_weights(load_torch_file(path), path), path, optional=("matching.",))
+    vocabulary = Path(oscar_dir)/"vocab.txt"
+    if vocabulary.exists(): model.processor = AladinProcessor.from_pretrained(vocabulary, model.config.settings)
     return model.eval()
 
 # %% ../../nbs/model/04_authors.ipynb #f74add5f

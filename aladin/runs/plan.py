@@ -20,8 +20,10 @@ from ..device import device_name, select_device, set_seed
 from ..config import ExperimentConfig
 from ..data.regions import open_regions, read_detections, TsvFile
 from ..data.text import captions_file, load_tokenizer, read_captions, read_keys
-from ..data.splits import read_inputs, RetrievalSet
-from ..model.model import AladinConfig, AladinModel, load_model, start_from_teacher, start_from_text_model
+from ..data.processor import AladinProcessor
+from ..data.splits import merged_regions, regions_folder, RetrievalSet
+from ..model.configuration import config_for_split
+from ..model.model import AladinModel, load_model, start_from_teacher, start_from_text_model
 from ..train.pretraining import pretrain
 from ..train.training import train, trained_heads
 from ..evaluate.embeddings import encode_split
@@ -126,17 +128,16 @@ def measure(
     config:ExperimentConfig, # what would be trained
     captions:dict, # image id -> captions, of the training split
     regions, # from `open_regions`
-    tokenizer, # from `load_tokenizer`
+    processor:AladinProcessor, # with the configuration's data settings
     steps:int=3, # training steps to measure, at least one
-    clip=None, # a `ClipReader` where the configuration asks for it
 )->Measured:
     "Time a few real steps; raises `InputError` where model.init_from does not fit, FloatingPointError where the loss is no number."
     steps = max(1, steps)
     chosen = np.random.default_rng(config.seed).permutation(sorted(captions))[:config.training.batch_size*(steps+1)].tolist()
-    sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, tokenizer, config.data, clip=clip)
+    sample = lambda n: RetrievalSet(regions, {i: captions[i] for i in chosen[:n]}, processor)
     data,few,device = sample(len(chosen)),sample(32),select_device()
     set_seed(config.seed)
-    model = AladinModel(AladinConfig.for_split(config, data, len(tokenizer))).to(device)
+    model = AladinModel(config_for_split(config, data)).to(device)
     if Path(config.model.init_from or "-").is_dir(): start_from_text_model(model, config.model.init_from)
     reading,_ = _timed(lambda: [regions.features(i) for i in few.image_ids])
     pretraining = _pretraining_seconds(model, data, config, steps)
@@ -145,7 +146,7 @@ def measure(
     encoded = encoded.to(device)
     scoring,_ = _timed(lambda: evaluate_embeddings(encoded, trained_heads(config.loss.terms)))
     images = len(few.image_ids)
-    return Measured(device_name(device) or f"the processor (threads: {torch.get_num_threads()})", len(seconds), float(np.median(seconds)), pretraining, reading/images,
+    return Measured(device_name(device) or f"the CPU (threads: {torch.get_num_threads()})", len(seconds), float(np.median(seconds)), pretraining, reading/images,
                     encoding/images, scoring/(images*len(few)), sum(p.numel() for p in model.parameters()), _bytes(encoded)/images)
 
 # %% ../../nbs/runs/05_plan.ipynb #88d699f6
@@ -240,39 +241,45 @@ def _check_config(name, settings, seed, found):
 
 # %% ../../nbs/runs/05_plan.ipynb #28de80f1
 def _tokenizer(data, vocabulary, regions, found, stack):
-    "The vocabulary asked for, the data's own, or the one that would be made; its file; and what to call it."
+    "The vocabulary asked for, the data's own, or the one that would be made; and what to call it."
     source = Path(vocabulary or Path(data)/"vocab.txt")
-    if vocabulary or source.exists(): return found.attempt(load_tokenizer, source),source/"vocab.txt" if source.is_dir() else source,str(source)
-    if regions is None: return None,None,"not known"
+    if vocabulary or source.exists(): return found.attempt(load_tokenizer, source), str(source)
+    if regions is None: return None, "not known"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     lines = found.attempt(vocabulary_lines, data, None, regions)
-    if lines: (folder/"vocab.txt").write_text(lines, encoding="utf-8")
-    return load_tokenizer(folder) if lines else None,folder/"vocab.txt","made from the training captions"
+    if not lines: return None, "not known"
+    (folder/"vocab.txt").write_text(lines, encoding="utf-8")
+    return load_tokenizer(folder), "made from the training captions"
 
 # %% ../../nbs/runs/05_plan.ipynb #c38f6625
 _SAMPLE = 5000 # training images whose detections are merged for a trial
 
-def _inputs(config, data, captions, regions, counts, found):
-    "Regions and CLIP as the configuration asks for them, with some training images to try them on."
-    if not config or regions is None: return
+def _inputs(config, data, captions, regions, counts, tokenizer, found):
+    "Regions, processor and captions as the configuration asks for them: some training images to try them on."
+    if not config or regions is None or not tokenizer: return None
     usable = [i for i in captions.get("train", {}) if i in counts and i in regions.detections][:_SAMPLE]
-    inputs = found.attempt(read_inputs, data, usable, config.data, regions) if usable else None
-    return inputs and (*inputs,{i: captions["train"][i] for i in usable if i in inputs[0]})
+    if not usable: return None
+    merged = found.attempt(merged_regions, data, regions, usable, config.data)
+    processor = found.attempt(AladinProcessor(tokenizer, config.data).with_clip, data)
+    if merged is None or processor is None: return None
+    return merged, processor, {i: captions["train"][i] for i in usable if i in merged}
 
 # %% ../../nbs/runs/05_plan.ipynb #b482a655
-def _check_teacher(teacher, config, inputs, tokenizer, vocabulary, found):
-    "Whether a student could start from it: geometry, tags, vocabulary and tensors."
-    if not inputs or not tokenizer: return found.attempt(load_model, teacher)
-    regions,clip,usable = inputs
-    split = RetrievalSet(regions, dict(list(usable.items())[:1]), tokenizer, config.data, clip=clip)
-    found.attempt(lambda: start_from_teacher(AladinModel(AladinConfig.for_split(config, split, len(tokenizer))), teacher, vocabulary))
+def _check_teacher(teacher, config, inputs, found):
+    "Whether a student could start from a teacher: geometry, tags, vocabulary and tensors."
+    if not inputs: return found.attempt(load_model, teacher)
+    regions, processor, usable = inputs
+    first = dict(list(usable.items())[:1])
+    student = AladinModel(config_for_split(config, RetrievalSet(regions, first, processor)))
+    student.processor = processor
+    found.attempt(start_from_teacher, student, teacher)
 
 # %% ../../nbs/runs/05_plan.ipynb #d503967e
-def _measured(config, inputs, tokenizer, steps, found):
+def _measured(config, inputs, steps, found):
     "What `measure` tells, where there is enough to measure with."
-    if not inputs or not tokenizer: return
-    regions,clip,usable = inputs
-    try: return found.attempt(measure, config, usable, regions, tokenizer, steps, clip)
+    if not inputs: return
+    regions, processor, usable = inputs
+    try: return found.attempt(measure, config, usable, regions, processor, steps)
     except FloatingPointError as e: found.problem(e)
     except torch.OutOfMemoryError: found.problem(InputError(config.name, "training.batch_size", "batches that fit into the memory of the GPU", config.training.batch_size, "make the batch or the network smaller"))
 
@@ -294,13 +301,12 @@ def plan(
     if config and needs_teacher(config) and not teacher: found.problem(InputError(config.name, "teacher", "the model folder of a trained alignment head", "none", "name it with --teacher"))
     if not data.is_dir(): return Plan([], found.problems + [str(InputError(data, "data folder", "a folder in the COCO-IR layout", "nothing there", "check the path"))])
     captions = check_captions(data, found)
-    source = Path(features) if features else data/"regions" if (data/"regions").is_dir() else data
-    regions,counts = check_regions(source, captions, found)
+    regions,counts = check_regions(regions_folder(data, features), captions, found)
     with ExitStack() as stack:
-        tokenizer,file,vocabulary = _tokenizer(data, vocabulary, regions, found, stack)
-        inputs = _inputs(config, data, captions, regions, counts, found)
-        if teacher: _check_teacher(teacher, config, inputs, tokenizer, file, found)
-        m = _measured(config, inputs, tokenizer, steps, found)
+        tokenizer,vocabulary = _tokenizer(data, vocabulary, regions, found, stack)
+        inputs = _inputs(config, data, captions, regions, counts, tokenizer, found)
+        if teacher: _check_teacher(teacher, config, inputs, found)
+        m = _measured(config, inputs, steps, found)
     prepared = (data/"prepared.json").exists()
     needs = _disk_needs(regions, counts, prepared, m, len(captions.get("test", {})), getattr(regions, "dtype", "float32"), config.training.keep_checkpoints if config else 0)
     free = _check_disk(out, needs, found)

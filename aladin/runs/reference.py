@@ -8,7 +8,6 @@ __all__ = ['head_figures', 'compare_runs', 'comparison_text']
 # %% ../../nbs/runs/02_reference.ipynb #747b4c3a
 from pathlib import Path
 
-import aladin
 import pandas as pd
 
 from ..files import resource_dir, InputError, read_json

@@ -20,10 +20,12 @@ from ..data.regions import convert_regions, open_regions
 from ..data.text import build_vocabulary, captions_file, load_tokenizer, read_captions, read_keys
 from ..data.clip import make_clip
 from ..data.detections import convert_detections
-from ..data.splits import open_inputs
+from ..data.processor import AladinProcessor
+from ..data.splits import open_split, regions_folder
 from ..data.scenes import write_scenes
+from ..model.configuration import config_for_split
 from ..model.model import (
-    AladinConfig, AladinModel, load_model, save_model, start_from_teacher, start_from_text_model)
+    AladinModel, load_model, save_model, start_from_teacher, start_from_text_model)
 from ..train.processes import Processes
 from ..train.checkpoints import Checkpoints
 from ..train.pretraining import pretrain
@@ -38,7 +40,7 @@ from .reference import compare_runs, comparison_text
 def vocabulary_lines(data, vocabulary, regions):
     "The vocabulary asked for, the data set's own, or one made from the training split."
     source = Path(vocabulary) if vocabulary else Path(data)/"vocab.txt"
-    if vocabulary or source.exists(): return source.read_text(encoding="utf-8") if source.is_file() else (source/"vocab.txt").read_text(encoding="utf-8")
+    if vocabulary or source.exists(): return (source if source.is_file() else source/"vocab.txt").read_text(encoding="utf-8")
     captions = read_captions(captions_file(data, "train"))
     texts = [c for texts in captions.values() for c in texts] + [" ".join(regions.tags(i)) for i in captions if i in regions]
     return "\n".join(build_vocabulary(texts)) + "\n"
@@ -64,7 +66,7 @@ def prepare_data(
     data,out = Path(data),Path(out)
     if not data.is_dir(): raise InputError(data, "data folder", "a folder in the COCO-IR layout", "nothing there", "check the path")
     if vocabulary: load_tokenizer(vocabulary)
-    source = Path(features) if features else data/"regions" if (data/"regions").is_dir() else data
+    source = regions_folder(data, features)
     with atomic_dir(out, overwrite, "prepared.json") as part:
         if (source/"store.json").exists(): shutil.copytree(source, part/"regions")
         else: convert_regions(source, part/"regions", dtype=dtype, progress=progress)
@@ -105,24 +107,26 @@ def needs_teacher(
     return config.model.freeze_backbone and "distillation" in config.loss.terms
 
 # %% ../../nbs/runs/03_stages.ipynb #7fb17bee
-def _new_model(config, training, tokenizer):
-    "A model of the configuration's geometry, from a text model or random weights."
-    model = AladinModel(AladinConfig.for_split(config, training, len(tokenizer)))
+def _new_model(config, training):
+    "A model of the configuration's geometry, from a text model or random weights, with the split's processor."
+    model = AladinModel(config_for_split(config, training))
+    model.processor = training.processor
     if config.model.init_from: start_from_text_model(model, config.model.init_from)
     return model.to(default_device())
 
 # %% ../../nbs/runs/03_stages.ipynb #84711950
-def _start(model, config, data, teacher):
+def _start(model, config, teacher):
     "Take the weights of a teacher or of a pre-trained model; what was taken."
     if needs_teacher(config) and not teacher: raise InputError(config.name, "teacher", "the model folder of a trained alignment head", "none", "name it with --teacher; alad-alignment-triplet trains one")
-    if teacher: return dict(folder=str(teacher), **start_from_teacher(model, teacher, Path(data)/"vocab.txt"))
+    if teacher: return dict(folder=str(teacher), **start_from_teacher(model, teacher))
 
 # %% ../../nbs/runs/03_stages.ipynb #0229123d
 def _open_prepared(data, config, *splits):
-    "Tokenizer and splits of a prepared folder."
-    if not (Path(data)/"prepared.json").exists(): raise InputError(data, "prepared.json", "a prepared folder", "none", "make one with aladin prepare")
-    tokenizer,regions = load_tokenizer(data),open_regions(Path(data)/"regions")
-    return tokenizer,*(open_inputs(data, s, tokenizer, config.data, features=regions) for s in splits)
+    "Splits of a prepared folder, which share the regions."
+    if not (Path(data)/"prepared.json").exists():
+        raise InputError(data, "prepared.json", "a prepared folder", "none", "make one with aladin prepare")
+    processor, regions = AladinProcessor.from_pretrained(data, config.data), open_regions(Path(data)/"regions")
+    return [open_split(data, split, processor, regions) for split in splits]
 
 # %% ../../nbs/runs/03_stages.ipynb #f2855977
 def pretrain_run(
@@ -133,13 +137,13 @@ def pretrain_run(
 )->dict: # seconds and the last losses
     "Pre-train a backbone that several configurations start from: VinVL's stand-in."
     run,start = Path(run),time.perf_counter()
-    tokenizer,training = _open_prepared(data, config, "train")
+    training, = _open_prepared(data, config, "train")
     run.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
-    model = _new_model(config, training, tokenizer)
+    model = _new_model(config, training)
     log = pretrain(model, training, config.training, config.seed, progress)
     _write_csv(log, run/"pretraining.csv")
-    save_model(model, Path(data)/"vocab.txt", run/"model")
+    save_model(model, run/"model")
     summary = dict(seconds=round(time.perf_counter()-start, 1), losses=log.iloc[-1].round(4).to_dict(), **{"made by": provenance(config.seed)})
     write_json(run/"pretraining.json", summary)
     return summary
@@ -185,26 +189,26 @@ def train_run(
 def _train_into(run, config, data, checkpoints, p, teacher, progress, resume):
     "Train into a folder that holds no other training, or resume the one that it holds."
     start = time.perf_counter()
-    tokenizer,training,minival = _open_prepared(data, config, "train", "minival")
+    training, minival = _open_prepared(data, config, "train", "minival")
     if p.first: run.mkdir(parents=True, exist_ok=True)
     kept = Checkpoints(checkpoints, config.training.keep_checkpoints)
     goes_on = p.tell(bool(kept.all())) # as the first process sees it
     set_seed(config.seed)
-    model = _new_model(config, training, tokenizer)
-    taken = _start(model, config, data, teacher)
+    model = _new_model(config, training)
+    taken = _start(model, config, teacher)
     if config.training.pretrain_steps and not teacher and not goes_on:
         table = pretrain(model, training, config.training, config.seed, progress and p.first)
         if p.first: _write_csv(table, run/"pretraining.csv")
     p.same_start(model, config.seed)
     log = TrainingLog(run/"tensorboard" if p.first else None)
     history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), resume, log=log,
-                          save_best=lambda m: save_model(m, Path(data)/"vocab.txt", run/"model"), progress=progress, checkpoints=kept, processes=p)
+                          save_best=lambda m: save_model(m, run/"model"), progress=progress, checkpoints=kept, processes=p)
     log.close()
     before = read_json(made)["seconds"] if teacher and (made := Path(teacher).parent/"pretraining.json").exists() else 0
     summary = dict(best_step=best["step"], minival=best["metrics"], train_seconds=round(before+time.perf_counter()-start, 1), pretrain_seconds=before, teacher=taken, processes=p.count,
                    config=config_to_dict(config), **{"made by": provenance(config.seed)})
     if not p.first: return summary
-    save_model(model, Path(data)/"vocab.txt", run/"model")
+    save_model(model, run/"model")
     _write_csv(history, run/"history.csv")
     write_json(run/"training.json", summary)
     return summary
@@ -216,11 +220,11 @@ def _write_csv(table, path):
 # %% ../../nbs/runs/03_stages.ipynb #14c9a7e3
 BANK_IMAGES = 1000 # training images, with their captions, that hubness is measured on
 
-def _bank(model, data, config, tokenizer):
+def _bank(model, data, config):
     "Some training images and their captions, encoded."
     images = list(read_captions(captions_file(data, "train")))
     chosen = random.Random(config.seed).sample(images, min(BANK_IMAGES, len(images)))
-    return encode_split(model, open_inputs(data, "train", tokenizer, config.data, chosen), progress=False)
+    return encode_split(model, open_split(data, "train", AladinProcessor.from_pretrained(data, config.data), keys=chosen), progress=False)
 
 # %% ../../nbs/runs/03_stages.ipynb #7f5d3fec
 def evaluate_run(
@@ -237,9 +241,9 @@ def evaluate_run(
     config = config_from_dict(training["config"])
     heads = trained_heads(config.loss.terms)
     keys = Path(data)/"test_img_keys.tsv"
-    tokenizer = load_tokenizer(run/"model")
-    test = open_inputs(data, "test", tokenizer, config.data, keys.name if keys.exists() else None)
-    bank,embeddings = _bank(model, data, config, tokenizer),encode_split(model, test, progress=progress)
+    processor = AladinProcessor.from_pretrained(run/"model", config.data)
+    test = open_split(data, "test", processor, keys=keys.name if keys.exists() else None)
+    bank,embeddings = _bank(model, data, config),encode_split(model, test, progress=progress)
     save_embeddings(embeddings, out/"embeddings.safetensors")
     bank,embeddings = (o.to(device) for o in (bank, embeddings))
     metrics = dict(data=name, configuration=config.name, heads=evaluate_embeddings(embeddings, heads, progress), heads_csls=evaluate_embeddings(embeddings, heads, progress, bank), images=len(test.image_ids), captions=len(test))

@@ -120,14 +120,15 @@ def _to_onnx(model, path):
         for o,level in zip(quiet, before): o.setLevel(level)
 
 # %% ../../nbs/search/04_export.ipynb #d7e79a60
-def _largest_difference(encoder, onnx, texts):
+def _largest_difference(model, onnx, texts):
     "Between torch's vectors and word sets and ONNX's, over some texts."
     worst = 0.0
     for text in texts:
-        vectors,words,_ = encoder([text])
+        asked = model.encode_captions(text)
+        words = asked.tokens
         vector,own,_ = onnx(text)
         if own.shape != tuple(words.values.shape): raise RunFailed(f"ONNX encoder: {own.shape[0]} words of {text!r}, torch has {len(words.values)}")
-        worst = max(worst, float(np.abs(vector - vectors[0].numpy()).max()), float(np.abs(own - words.values.numpy()).max(initial=0)))
+        worst = max(worst, float(np.abs(vector - asked.matching[0].numpy()).max()), float(np.abs(own - words.values.numpy()).max(initial=0)))
     return worst
 
 # %% ../../nbs/search/04_export.ipynb #e4f3db69
@@ -137,8 +138,9 @@ def _recalls(index, encode, asked):
     encoded = [encode(text) for text,_ in asked]
     vectors = torch.stack([torch.as_tensor(o[0]) for o in encoded])
     words = [Ragged(torch.as_tensor(o[1]), torch.tensor([len(o[1])])) for o in encoded]
+    score = lambda query, regions: index.model.alignment_of(regions, words[query])[:, 0]
     for name,rerank in (("matching", 0), ("two-stage", 100)):
-        best = index._best("images", vectors, lambda query,regions: index._scores(regions, words[query])[:, 0], 10, rerank)
+        best = index.ranked("images", vectors, score, 10, rerank)
         for k in (1, 10): found[f"{name} R@{k}"] = 100*float(np.mean([image in [o[0] for o in hits[:k]] for hits,(_,image) in zip(best, asked)]))
     return found
 
@@ -150,14 +152,14 @@ def export_onnx(
     seed:int=0, # chooses them
 )->dict: # what caption_encoder.json holds: sizes, largest difference, recalls of both encoders
     "The caption encoder for services without torch, checked with onnxruntime; raises `RunFailed` where a vector differs by more than 1e-4."
-    model,encoder,folder = index.model,index.encoder,Path(folder)
+    model, tokenizer, folder = index.model, index.model.processor.tokenizer, Path(folder)
     _check_exportable(model.config)
     _package("onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
     folder.mkdir(parents=True, exist_ok=True)
-    special = {k: encoder.tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
+    special = {k: tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
     about = dict(model=index.info["model"], dim=model.config.hidden_size, max_tokens=model.config.max_tokens, **special)
-    with atomic_write(folder/"tokenizer.json") as part: encoder.tokenizer.backend_tokenizer.save(str(part))
+    with atomic_write(folder/"tokenizer.json") as part: tokenizer.backend_tokenizer.save(str(part))
     with atomic_write(folder/"caption_encoder.onnx") as part: _to_onnx(model, part)
     logging.disable(logging.WARNING) # it advises a step that changes nothing here
     try:
@@ -168,7 +170,7 @@ def export_onnx(
     asked = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:most]]
     full,small = OnnxCaptions(folder),OnnxCaptions(folder, int8=True)
     texts = [t for t,_ in asked[:100]] or ["a dog on a beach", "two"]
-    about["largest_difference"] = _largest_difference(encoder, full, texts)
+    about["largest_difference"] = _largest_difference(model, full, texts)
     if about["largest_difference"] > 1e-4: raise RunFailed(f"{folder}: ONNX and torch differ by {about['largest_difference']:.1e}, more than 1e-4")
     about["int8_cosine"] = float(np.mean([small(t)[0] @ full(t)[0]/np.linalg.norm(small(t)[0]) for t in texts]))
     about["bytes"] = {n: (folder/f"caption_encoder{n}.onnx").stat().st_size for n in ("", ".int8")}

@@ -35,8 +35,8 @@ class FrozenStates:
 
     def image_batch(self, rows, pin=False)->Ragged: return self._images[torch.as_tensor(rows)]
     def caption_batch(self, rows)->Ragged: return self._captions[torch.as_tensor(rows)]
-    def encode_images(self, states, **need)->Encoded: return self.model._encode([states], -1, self.model.alignment.region_set, **need)
-    def encode_captions(self, states, **need)->Encoded: return self.model._encode([states], 0, self.model.alignment.word_set, **need)
+    def encode_image_batch(self, states, **need)->Encoded: return self.model._encode([states], -1, self.model.alignment.region_set, **need)
+    def encode_caption_batch(self, states, **need)->Encoded: return self.model._encode([states], 0, self.model.alignment.word_set, **need)
 
 # %% ../../nbs/train/02_frozen.ipynb #3ff168de
 def frozen_states(

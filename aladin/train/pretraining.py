@@ -61,7 +61,7 @@ class PretrainingHead(nn.Module):
     ):
         super().__init__()
         self.model,self.data,self.thinning = model,data,thinning
-        special = data.tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+        special = data.processor.tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
         counts = np.bincount(np.concatenate(data.caption_tokens), minlength=model.config.vocab_size)
         counts[special] = 0
         self.mask_id,words = special[-1],np.sort(np.argsort(-counts, kind="stable")[:min(max_words, np.count_nonzero(counts))])

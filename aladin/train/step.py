@@ -125,8 +125,8 @@ def batch_losses(
     need,share = _needs(terms),share or read_share(source, rows)
     with autocasting(model, precision):
         encoder = frozen or model
-        images = _float(encoder.encode_images(share.images[0].to(device, non_blocking=True), **need))
-        captions = _float(encoder.encode_captions(share.captions[0].to(device, non_blocking=True), **need))
+        images = _float(encoder.encode_image_batch(share.images[0].to(device, non_blocking=True), **need))
+        captions = _float(encoder.encode_caption_batch(share.captions[0].to(device, non_blocking=True), **need))
     of_pair = send(share.of_pair, device)
     alignment = model.alignment(images.sets, captions.sets)[of_pair] if need["alignment"] else None
     matching = images.matching[of_pair] if need["matching"] else None
@@ -207,7 +207,7 @@ class Step:
 
     def _encode(self, images, need):
         encoder = self.frozen or self.model
-        method = encoder.encode_images if images else encoder.encode_captions
+        method = encoder.encode_image_batch if images else encoder.encode_caption_batch
         def encode(chunk):
             with autocasting(self.model, self.config.training.precision): return _float(method(chunk.to(self.device, non_blocking=True), **need))
         return encode
@@ -274,8 +274,8 @@ def mined_order(
     "Captions in an order that brings hard negatives together, for `training_batches`."
     device = next(model.parameters()).device
     parts = lambda n: np.split(np.arange(n), range(batch_size, n, batch_size))
-    encode_images = lambda rows: model.encode_images(data.image_batch(rows).to(device), alignment=False).matching
-    encode_captions = lambda rows: model.encode_captions(data.caption_batch(rows).to(device), alignment=False).matching
+    encode_images = lambda rows: model.encode_image_batch(data.image_batch(rows).to(device), alignment=False).matching
+    encode_captions = lambda rows: model.encode_caption_batch(data.caption_batch(rows).to(device), alignment=False).matching
     with evaluating(model):
         images = torch.cat([encode_images(o) for o in parts(len(data.image_ids))])
         captions = torch.cat([encode_captions(o) for o in parts(len(data))])

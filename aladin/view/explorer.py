@@ -16,10 +16,9 @@ import traitlets
 
 from ..files import InputError
 from ..data.pictures import Pictures
-from ..data.text import load_tokenizer
-from ..data.splits import open_inputs
-from ..model.model import load_model
-from ..search.index import Alignment, model_fingerprint, model_settings, SearchIndex
+from ..data.splits import open_split
+from ..model.model import Alignment, load_model
+from ..search.index import model_fingerprint, SearchIndex
 
 # %% ../../nbs/view/01_explorer.ipynb #d2d5c55d
 def contributions(
@@ -159,9 +158,9 @@ def open_explorer(
     "The explorer of a split as a model sees it; raises `InputError` where model or data are missing."
     run = Path(run)
     folder = run/"model" if (run/"model").is_dir() else run
-    model,tokenizer = load_model(folder),load_tokenizer(folder)
+    model = load_model(folder)
     data = Path(data) if data else folder.parents[2]/"data"
     if pictures is None: pictures = data.parent/"scenes" if (data.parent/"scenes"/"images").is_dir() else data
-    images = open_inputs(data, split, tokenizer, model_settings(model), keys, progress=progress)
-    index = SearchIndex.build(model, images, folder.parent/f"index-{split}-{model_fingerprint(model, tokenizer)[:8]}", progress=progress)
+    images = open_split(data, split, model.processor, keys=keys, progress=progress)
+    index = SearchIndex.build(model, images, folder.parent/f"index-{split}-{model_fingerprint(model)[:8]}", progress=progress)
     return Explorer(index, [(images.image_ids[o], text) for o,text in zip(images.caption_image, images.captions)], pictures)

@@ -24,10 +24,9 @@ from matplotlib.patheffects import withStroke
 from ..files import atomic_write, InputError
 from ..device import evaluating
 from ..data.pictures import as_rgb, open_picture
-from ..data.regions import region_boxes, region_tags
 from ..data.splits import RetrievalSet
 from ..model.heads import alignment_scores
-from ..model.model import AladinModel
+from ..model.model import AladinModel, regions_used
 
 # %% ../../nbs/view/00_plots.ipynb #40cc2c1a
 @dataclass
@@ -50,17 +49,16 @@ def attend(
     caption:int, # row in data.captions
 )->Attention:
     "Encode one image and one caption and compare every region with every word."
-    device,c = next(model.parameters()).device,model.config
+    device, c = next(model.parameters()).device, model.config
     batch = data.image_batch([image])
     with evaluating(model):
-        regions = model.encode_images(batch.to(device), matching=False).sets
-        words = model.encode_captions(data.caption_batch([caption]).to(device), matching=False).sets
+        regions = model.encode_image_batch(batch.to(device), matching=False).sets
+        words = model.encode_caption_batch(data.caption_batch([caption]).to(device), matching=False).sets
     score = alignment_scores(regions, words, "MrSw", "never" if c.clamp == "never" else "always").item()
     pieces = data.caption_words(caption)
     if c.drop_last_word: pieces = pieces[:-1]
-    boxes,first,image_id = region_boxes(batch.regions.values.numpy(), c.detic_dim),int(c.drop_first_region),data.image_ids[image]
-    tags = region_tags(data.regions, image_id, boxes)
-    return Attention(image_id, data.captions[caption], pieces, boxes[first:], tags and tags[first:],
+    boxes, tags = regions_used(data, image, c)
+    return Attention(data.image_ids[image], data.captions[caption], pieces, boxes, tags,
                      (regions.values @ words.values.T).float().cpu().numpy(), score)
 
 # %% ../../nbs/view/00_plots.ipynb #5aaf62cd
