@@ -34,7 +34,7 @@ class Processes:
         return cls()
 
     @property
-    def first(self)->bool: return self.rank == 0
+    def is_main(self)->bool: return self.rank == 0
 
     def bounds(self, count): # of `count` rows: where each process's share begins, and the end
         "Shares as equal as may be, the first ones larger."
@@ -62,7 +62,7 @@ class Processes:
         self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
         return torch.cat(parts),counts
 
-    def return_sums(self,
+    def reduce_scatter(self,
         gradient:Tensor, # what this process says of everybody's rows, [total, ...]
         counts:list, # rows of each process
     )->Tensor: # [own rows, ...]
@@ -97,7 +97,7 @@ class Processes:
         for value in model.state_dict().values(): dist.broadcast(value, group_src=0, group=self.group)
         torch.manual_seed(seed + self.rank)
 
-    def tell(self, value): # what the first process says: JSON's kinds of values, or an array
+    def broadcast_object(self, value): # what the first process says: JSON's kinds of values, or an array
         "The first process's value, in all."
         if not self.together: return value
         box = [value]

@@ -256,7 +256,7 @@ class Step:
             if every[1] is not None: captions.grad = every[1].grad[own]
         if near and scores.grad is not None:
             whole = near[1].grad if near[1].grad is not None else torch.zeros_like(near[1])
-            words = self.processes.return_sums(whole, near[2])
+            words = self.processes.reduce_scatter(whole, near[2])
         if sides[0]:
             sides[0].backward()
             sides[1].backward(words)
