@@ -6,7 +6,6 @@
 __all__ = ['FROZEN_LIMIT', 'FrozenStates', 'frozen_states']
 
 # %% ../../nbs/train/02_frozen.ipynb #f52e8e3a
-import numpy as np
 import torch
 from tqdm import tqdm
 
