@@ -8,6 +8,7 @@ __all__ = ['Layout', 'transformer_layer', 'Backbone']
 # %% ../../nbs/model/01_backbone.ipynb #8db82e08
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertPooler
@@ -17,17 +18,19 @@ from ..data.splits import ImageBatch
 
 # %% ../../nbs/model/01_backbone.ipynb #0a762201
 class Layout:
-    "Where packed rows stand in the padded view that attention needs."
+    "Positions of packed rows in the padded view that attention needs, [sequences, longest]."
     def __init__(self,
-        lengths:Tensor, # rows of each sequence, int64 [sequences], in the processor's memory
-        beside:Tensor, # what is laid out, or something on its device
+        lengths:Tensor, # rows of each sequence, int64 [sequences], on the CPU
+        beside:Tensor, # the rows, or another tensor on their device
     ):
         self.count,self.width = len(lengths),int(lengths.max())
+        self.slots = self.rows = self.mask = self.unseen = None
+        if bool((lengths == self.width).all()): return
         packed = Ragged(beside, lengths)
-        if bool((lengths == self.width).all()): self.slots = self.rows = self.mask = self.unseen = None; return
         start,column = packed.offsets[:-1, None],torch.arange(self.width)
-        self.slots = packed.beside(packed.owner*self.width + packed.position) # of each row
-        self.rows = packed.beside((start + torch.where(column < lengths[:, None], column, 0)).flatten()) # in each slot; where none is the sequence's first, which nobody sees
+        rows = start + torch.where(column < lengths[:, None], column, 0) # padding shows the sequence's first row
+        self.slots = packed.beside(packed.owner*self.width + packed.position) # slot of each row
+        self.rows = packed.beside(rows.flatten()) # row in each slot
         self.mask = packed.mask(self.width)[:, None, None]
         self.unseen = ~self.mask.view(-1, 1)
 
@@ -39,14 +42,17 @@ class Layout:
         dropout:float=0.0, # dropout of the attention weights
     )->Tensor: # [rows, dim]
         "Scaled dot-product attention of every sequence with itself."
-        def spread(x): return (x if self.slots is None else _gather(x, self.rows, self.slots)).view(self.count, self.width, heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(spread(query), spread(key), spread(value), attn_mask=self.mask, dropout_p=dropout)
+        def spread(x):
+            if self.slots is not None: x = _gather(x, self.rows, self.slots)
+            return x.view(self.count, self.width, heads, -1).transpose(1, 2)
+        query,key,value = spread(query),spread(key),spread(value)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, dropout_p=dropout)
         out = out.transpose(1, 2).reshape(self.count*self.width, -1)
         return out if self.slots is None else _gather(out, self.slots, self.rows, self.unseen)
 
 # %% ../../nbs/model/01_backbone.ipynb #4bc36827
 class _Gather(torch.autograd.Function):
-    "Rows by their numbers, where `back` tells the way of the gradient and `unseen` what gets none. Both ways a gather: a GPU would sort what it adds or copies to places that may coincide, and these do not."
+    "Rows by their numbers; the gradient is gathered by the numbers `back`, and is 0 where `unseen`."
     @staticmethod
     def forward(ctx, x, index, back, unseen):
         ctx.save_for_backward(back, unseen)
@@ -57,14 +63,19 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.index_select(0, back)
         return gradient if unseen is None else gradient.masked_fill(unseen, 0),None,None,None
 
-# %% ../../nbs/model/01_backbone.ipynb #14a507cc
 def _gather(x, index, back, unseen=None):
-    "Without torch.compile, which makes the way back itself."
+    "Gather rows; under torch.compile without `_Gather`, since the compiler derives the gradient itself."
     return x.index_select(0, index) if torch.compiler.is_compiling() else _Gather.apply(x, index, back, unseen)
 
 # %% ../../nbs/model/01_backbone.ipynb #e478955a
-def transformer_layer(layer, hidden, layout, heads, attention_dropout):
-    "One BERT layer on packed rows [rows, hidden]."
+def transformer_layer(
+    layer:nn.Module, # a BertLayer of `transformers`
+    hidden:Tensor, # packed rows, [rows, hidden]
+    layout:Layout, # of the batch
+    heads:int, # attention heads
+    attention_dropout:float, # dropout of the attention weights
+)->Tensor: # [rows, hidden]
+    "One BERT layer on packed rows."
     own = layer.attention.self
     mixed = layout.attend(own.query(hidden), own.key(hidden), own.value(hidden), heads, attention_dropout)
     hidden = layer.attention.output(mixed, hidden)
@@ -72,100 +83,125 @@ def transformer_layer(layer, hidden, layout, heads, attention_dropout):
 
 # %% ../../nbs/model/01_backbone.ipynb #67ad99f9
 def _two_layers(source, width):
-    "With torch's own random weights: BERT's small ones would leave two layers in a row nearly silent beside the positions."
+    "Two linear layers with torch's own initial weights, which `transformers` is told to leave as they are."
     layers = nn.Sequential(nn.Linear(source, width), nn.ReLU(), nn.Linear(width, width))
-    for o in layers.modules(): o._is_hf_initialized = True # transformers leaves them as they are
+    for o in layers.modules(): o._is_hf_initialized = True
     return layers
 
 # %% ../../nbs/model/01_backbone.ipynb #3e6d7144
 class Backbone(nn.Module):
     "The shared BERT of both streams (ALADIN, section 3.1; VinVL's OSCAR+ weights fit it)."
     def __init__(self,
-        config, # an `AladinConfig`, or a BertConfig with region_dim, region_layer_norm and region_layer_norm_eps; detic_dim and clip_dim where there are such inputs
+        config, # an `AladinConfig`, or a BertConfig with region_dim, region_layer_norm and region_layer_norm_eps
     ):
         super().__init__()
-        self.config,h = config,config.hidden_size
+        self.config = config
+        h = config.hidden_size
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config)
         self.img_embedding = nn.Linear(config.region_dim, h)
-        self.LayerNorm = nn.LayerNorm(h, eps=config.region_layer_norm_eps) if config.region_layer_norm else nn.Identity()
+        norm = config.region_layer_norm
+        self.LayerNorm = nn.LayerNorm(h, eps=config.region_layer_norm_eps) if norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.recompute,self.layer_function = False,transformer_layer # recompute: keep only each layer's input for the backward pass
+        self.recompute = False # keep only each layer's input for the backward pass
+        self.layer_function = transformer_layer
         self.detic_dim = getattr(config, "detic_dim", 0)
         if self.detic_dim: self.detic_embedding = _two_layers(config.region_dim, h)
-        if clip := getattr(config, "clip_dim", 0): self.clip_tags,self.clip_captions = _two_layers(clip, h),_two_layers(clip, h)
-
-    def _embed_tokens(self, tokens, segments, clip):
-        "Words by the table, or CLIP's vectors through two layers, with positions and segments."
-        given = dict(inputs_embeds=clip(tokens.values)[None]) if tokens.values.is_floating_point() else dict(input_ids=tokens.values[None])
-        return self.embeddings(**given, token_type_ids=tokens.beside(segments)[None], position_ids=tokens.beside(tokens.position)[None])[0]
-
-    def _embed_regions(self, vectors):
-        "Projected and normalised; rows that end with `detic_dim`, the rest zeros, go through Detic's two layers."
-        out = self.img_embedding(vectors)
-        if self.detic_dim and len(rows := torch.nonzero(~vectors[:, self.detic_dim:].any(1))[:, 0]):
-            out = out.index_copy(0, rows, self.detic_embedding(vectors[rows]).to(out.dtype))
-        return self.dropout(self.LayerNorm(out))
+        clip = getattr(config, "clip_dim", 0)
+        if clip: self.clip_tags,self.clip_captions = _two_layers(clip, h),_two_layers(clip, h)
 
     def compile_layers(self):
-        "Compile the layers' computation by torch.compile, one program for batches of any size; slow at its first calls."
+        "Compile the layers by torch.compile, one program for batches of any size; the first calls are slow."
         self.layer_function = torch.compile(transformer_layer, dynamic=True)
-
-    def _run(self, hidden, lengths, all_layers):
-        layout,c = Layout(lengths, hidden),self.config
-        dropout = c.attention_probs_dropout_prob if self.training else 0.0
-        states = [hidden]
-        for layer in self.encoder.layer:
-            step = layer,hidden,layout,c.num_attention_heads,dropout
-            hidden = checkpoint(self.layer_function, *step, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer_function(*step)
-            if all_layers: states.append(hidden)
-        return [Ragged(o, lengths) for o in states] if all_layers else Ragged(hidden, lengths)
-
-    def encode_captions(self,
-        tokens:Ragged, # word pieces of the captions, int64 [total tokens], or CLIP's vectors of their tokens, float32 [total tokens, clip_dim]
-        all_layers:bool=False, # return the hidden states of every layer, the input first?
-    ): # Ragged [total tokens, hidden], or a list of them
-        "Contextual word vectors of captions."
-        return self._run(self._embed_tokens(tokens, torch.zeros_like(tokens.position), getattr(self, "clip_captions", None)), tokens.lengths, all_layers)
-
-    def encode_images(self,
-        images:ImageBatch, # tags and regions
-        all_layers:bool=False, # return the hidden states of every layer, the input first?
-    ): # Ragged [total tags + regions, hidden], tags before regions in each image; or a list of them
-        "Contextual vectors of an image's tags and regions."
-        tags,regions = images.tags,images.regions
-        lengths = tags.lengths + regions.lengths
-        start = Ragged(None, lengths).offsets[:-1]
-        words = self._embed_tokens(tags, (tags.position > 0).long(), getattr(self, "clip_tags", None))
-        boxes = self._embed_regions(regions.values)
-        hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
-        hidden = hidden.index_copy(0, tags.beside(start[tags.owner] + tags.position), words)
-        hidden = hidden.index_copy(0, regions.beside((start+tags.lengths)[regions.owner] + regions.position), boxes.to(words.dtype))
-        return self._run(hidden, lengths, all_layers)
-
-    def encode_pairs(self,
-        captions:Ragged, # word pieces with [CLS] and [SEP], int64 [total tokens]
-        images:ImageBatch, # one image for each caption; its tags begin with [UNK]
-    )->Ragged: # [total tokens + tags + regions, hidden], the caption first in each pair
-        "Caption, tags and regions of each pair attending to one another, as VinVL reads them: one text of two segments, then the regions."
-        tags,regions = images.tags.trimmed(1),images.regions # the second segment has no first token of its own
-        text = Ragged(torch.cat([captions.values, tags.values]), captions.lengths + tags.lengths)
-        lengths = text.lengths + regions.lengths
-        start,shift = Ragged(None, lengths).offsets[:-1],captions.lengths[tags.owner]
-        place = torch.cat([captions.position, tags.position + shift])
-        segment = torch.cat([torch.zeros_like(captions.values), torch.ones_like(tags.values)])
-        words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=text.beside(place)[None])[0]
-        boxes = self._embed_regions(regions.values)
-        hidden = words.new_zeros(int(lengths.sum()), words.shape[-1])
-        hidden = hidden.index_copy(0, text.beside(start[torch.cat([captions.owner, tags.owner])] + place), words)
-        hidden = hidden.index_copy(0, regions.beside((start + text.lengths)[regions.owner] + regions.position), boxes.to(words.dtype))
-        return self._run(hidden, lengths, False)
 
     @staticmethod
     def regions_of(
-        hidden:Ragged, # what `encode_images` returned
-        images:ImageBatch, # what it was given
+        hidden:Ragged, # hidden states that `encode_images` returned, [total tags + regions, hidden]
+        images:ImageBatch, # the images
     )->Ragged: # [total regions, hidden]
-        "Only the regions' rows: the image's set."
+        "The rows of the regions, without the tags."
         return Ragged(hidden.rows(hidden.position >= images.tags.lengths[hidden.owner]), images.regions.lengths)
+
+# %% ../../nbs/model/01_backbone.ipynb #527af2a0
+@patch
+def _embed_tokens(self:Backbone, tokens, segments, clip):
+    "Embeddings of token numbers, or CLIP's vectors through two layers, with positions and segments."
+    if tokens.values.is_floating_point(): given = dict(inputs_embeds=clip(tokens.values)[None])
+    else: given = dict(input_ids=tokens.values[None])
+    segments,positions = tokens.beside(segments)[None],tokens.beside(tokens.position)[None]
+    return self.embeddings(**given, token_type_ids=segments, position_ids=positions)[0]
+
+@patch
+def _embed_regions(self:Backbone, vectors):
+    "Projected and normalised region vectors; those whose columns from `detic_dim` on are 0 use Detic's two layers."
+    out = self.img_embedding(vectors)
+    if self.detic_dim:
+        rows = torch.nonzero(~vectors[:, self.detic_dim:].any(1))[:, 0]
+        if len(rows): out = out.index_copy(0, rows, self.detic_embedding(vectors[rows]).to(out.dtype))
+    return self.dropout(self.LayerNorm(out))
+
+# %% ../../nbs/model/01_backbone.ipynb #c6f80589
+@patch
+def _run(self:Backbone, hidden, lengths, all_layers):
+    "All transformer layers; a list of the states before the first and after each layer if `all_layers`."
+    layout = Layout(lengths, hidden)
+    dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+    states = [hidden]
+    for layer in self.encoder.layer:
+        inputs = layer,hidden,layout,self.config.num_attention_heads,dropout
+        if self.recompute and torch.is_grad_enabled():
+            hidden = checkpoint(self.layer_function, *inputs, use_reentrant=False)
+        else: hidden = self.layer_function(*inputs)
+        if all_layers: states.append(hidden)
+    return [Ragged(o, lengths) for o in states] if all_layers else Ragged(hidden, lengths)
+
+# %% ../../nbs/model/01_backbone.ipynb #01e4b578
+@patch
+def encode_captions(self:Backbone,
+    tokens:Ragged, # tokens of the captions, int64 [total tokens], or CLIP's vectors, float32 [total tokens, clip_dim]
+    all_layers:bool=False, # return the hidden states of every layer, the input first?
+): # Ragged [total tokens, hidden], or a list of them
+    "Contextual token vectors of captions."
+    embedded = self._embed_tokens(tokens, torch.zeros_like(tokens.position), getattr(self, "clip_captions", None))
+    return self._run(embedded, tokens.lengths, all_layers)
+
+# %% ../../nbs/model/01_backbone.ipynb #870a3dab
+def _merge(words, word_rows, regions, region_rows):
+    "Tokens and regions in one tensor, each at its row."
+    hidden = words.new_zeros(len(words) + len(regions), words.shape[-1])
+    hidden = hidden.index_copy(0, word_rows, words)
+    return hidden.index_copy(0, region_rows, regions.to(words.dtype))
+
+@patch
+def encode_images(self:Backbone,
+    images:ImageBatch, # tags and regions
+    all_layers:bool=False, # return the hidden states of every layer, the input first?
+): # Ragged [total tags + regions, hidden], tags before regions in each image; or a list of them
+    "Contextual vectors of an image's tags and regions."
+    tags,regions = images.tags,images.regions
+    lengths = tags.lengths + regions.lengths
+    start = Ragged(None, lengths).offsets[:-1]
+    words = self._embed_tokens(tags, (tags.position > 0).long(), getattr(self, "clip_tags", None))
+    tag_rows = tags.beside(start[tags.owner] + tags.position)
+    region_rows = regions.beside((start + tags.lengths)[regions.owner] + regions.position)
+    return self._run(_merge(words, tag_rows, self._embed_regions(regions.values), region_rows), lengths, all_layers)
+
+# %% ../../nbs/model/01_backbone.ipynb #7ababc15
+@patch
+def encode_pairs(self:Backbone,
+    captions:Ragged, # tokens with [CLS] and [SEP], int64 [total tokens]
+    images:ImageBatch, # one image for each caption; its tags begin with [UNK]
+)->Ragged: # [total tokens + tags + regions, hidden], the caption first in each pair
+    "Caption, tags and regions of each pair attending to one another: one text of two segments, then the regions."
+    tags,regions = images.tags.trimmed(1),images.regions
+    text = Ragged(torch.cat([captions.values, tags.values]), captions.lengths + tags.lengths)
+    lengths = text.lengths + regions.lengths
+    start = Ragged(None, lengths).offsets[:-1]
+    position = torch.cat([captions.position, tags.position + captions.lengths[tags.owner]])
+    segment = torch.cat([torch.zeros_like(captions.values), torch.ones_like(tags.values)])
+    positions = text.beside(position)[None]
+    words = self.embeddings(text.values[None], token_type_ids=segment[None], position_ids=positions)[0]
+    text_rows = text.beside(start[torch.cat([captions.owner, tags.owner])] + position)
+    region_rows = regions.beside((start + text.lengths)[regions.owner] + regions.position)
+    return self._run(_merge(words, text_rows, self._embed_regions(regions.values), region_rows), lengths, False)

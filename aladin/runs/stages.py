@@ -158,9 +158,9 @@ def _trained_before(run, checkpoints):
 @contextmanager
 def _replacing(run, p):
     "A folder for a new training, whose files take the places of the old one's when the block succeeds."
-    with part_dir(run/"training") if p.first else nullcontext() as part:
-        yield Path(p.tell(str(part)))
-        if p.first: install(part, run, "training.json")
+    with part_dir(run/"training") if p.is_main else nullcontext() as part:
+        yield Path(p.broadcast_object(str(part)))
+        if p.is_main: install(part, run, "training.json")
 
 # %% ../../nbs/runs/03_stages.ipynb #b4e963a1
 def train_run(
@@ -179,10 +179,10 @@ def train_run(
     folder that holds a training, unless it is resumed or replaced (`force`)."""
     run, p = Path(run), Processes.start()
     options = dict(teacher=teacher, progress=progress, resume=resume)
-    there = p.tell(_trained_before(run, checkpoints))
+    there = p.broadcast_object(_trained_before(run, checkpoints))
     if not there or resume: return _train_into(run, config, data, checkpoints or run/"checkpoints", p, **options)
     if not force: raise InputError(run, "output folder", "a folder without a training", ", ".join(there), "add --resume auto to resume that training, --force to replace it, or choose another folder")
-    if checkpoints: Checkpoints(checkpoints).clear(p.first)
+    if checkpoints: Checkpoints(checkpoints).clear(p.is_main)
     with _replacing(run, p) as part: return _train_into(part, config, data, checkpoints or part/"checkpoints", p, **options)
 
 # %% ../../nbs/runs/03_stages.ipynb #9a211a41
@@ -190,24 +190,24 @@ def _train_into(run, config, data, checkpoints, p, teacher, progress, resume):
     "Train into a folder that holds no other training, or resume the one that it holds."
     start = time.perf_counter()
     training, minival = _open_prepared(data, config, "train", "minival")
-    if p.first: run.mkdir(parents=True, exist_ok=True)
+    if p.is_main: run.mkdir(parents=True, exist_ok=True)
     kept = Checkpoints(checkpoints, config.training.keep_checkpoints)
-    goes_on = p.tell(bool(kept.all())) # as the first process sees it
+    goes_on = p.broadcast_object(bool(kept.all())) # as the first process sees it
     set_seed(config.seed)
     model = _new_model(config, training)
     taken = _start(model, config, teacher)
     if config.training.pretrain_steps and not teacher and not goes_on:
-        table = pretrain(model, training, config.training, config.seed, progress and p.first)
-        if p.first: _write_csv(table, run/"pretraining.csv")
+        table = pretrain(model, training, config.training, config.seed, progress and p.is_main)
+        if p.is_main: _write_csv(table, run/"pretraining.csv")
     p.same_start(model, config.seed)
-    log = TrainingLog(run/"tensorboard" if p.first else None)
+    log = TrainingLog(run/"tensorboard" if p.is_main else None)
     history,best = train(model, training, config, lambda m, heads: evaluate_model(m, minival, heads), resume, log=log,
                           save_best=lambda m: save_model(m, run/"model"), progress=progress, checkpoints=kept, processes=p)
     log.close()
     before = read_json(made)["seconds"] if teacher and (made := Path(teacher).parent/"pretraining.json").exists() else 0
     summary = dict(best_step=best["step"], minival=best["metrics"], train_seconds=round(before+time.perf_counter()-start, 1), pretrain_seconds=before, teacher=taken, processes=p.count,
                    config=config_to_dict(config), **{"made by": provenance(config.seed)})
-    if not p.first: return summary
+    if not p.is_main: return summary
     save_model(model, run/"model")
     _write_csv(history, run/"history.csv")
     write_json(run/"training.json", summary)

@@ -14,10 +14,8 @@ from ..data.splits import RetrievalSet
 from ..model.model import AladinModel, Encoded
 
 # %% ../../nbs/train/02_frozen.ipynb #f99d1eea
-FROZEN_LIMIT = 8 * 2**30 # bytes that the states of a frozen backbone may take
-
 class FrozenStates:
-    "What a frozen backbone makes of every image and caption of a split."
+    "Hidden states of every image and caption of a split, computed by a frozen backbone."
     @torch.no_grad()
     def __init__(self,
         model:AladinModel, # its backbone is in evaluation mode
@@ -25,26 +23,45 @@ class FrozenStates:
         batch_size:int=256, # images or captions at once
         progress:bool=True, # show a progress bar
     ):
-        self.model,self.caption_image,device,backbone = model,data.caption_image,next(model.parameters()).device,model.backbone
+        self.model,self.caption_image = model,data.caption_image
+        device,backbone = next(model.parameters()).device,model.backbone
         def states(name, count, encode):
-            parts = [encode(range(i, min(i+batch_size, count))).to("cpu") for i in tqdm(range(0, count, batch_size), desc=name, disable=not progress)]
+            starts = tqdm(range(0, count, batch_size), desc=name, disable=not progress)
+            parts = [encode(range(i, min(i+batch_size, count))).to("cpu") for i in starts]
             return Ragged(torch.cat([o.values for o in parts]), torch.cat([o.lengths for o in parts]))
-        def image_states(rows): return backbone.regions_of(backbone.encode_images(batch := data.image_batch(rows).to(device)), batch)
+        def image_states(rows):
+            batch = data.image_batch(rows).to(device)
+            return backbone.regions_of(backbone.encode_images(batch), batch)
+        def caption_states(rows): return backbone.encode_captions(data.caption_batch(rows).to(device))
         self._images = states("frozen images", len(data.image_ids), image_states)
-        self._captions = states("frozen captions", len(data), lambda rows: backbone.encode_captions(data.caption_batch(rows).to(device)))
+        self._captions = states("frozen captions", len(data), caption_states)
 
-    def image_batch(self, rows, pin=False)->Ragged: return self._images[torch.as_tensor(rows)]
-    def caption_batch(self, rows)->Ragged: return self._captions[torch.as_tensor(rows)]
-    def encode_image_batch(self, states, **need)->Encoded: return self.model._encode([states], -1, self.model.alignment.region_set, **need)
-    def encode_caption_batch(self, states, **need)->Encoded: return self.model._encode([states], 0, self.model.alignment.word_set, **need)
+    def image_batch(self, rows, pin=False)->Ragged: # [total regions, hidden]
+        "States of some images' regions; `pin` is there to match `RetrievalSet`."
+        return self._images[torch.as_tensor(rows)]
+
+    def caption_batch(self, rows)->Ragged: # [total tokens, hidden]
+        "States of some captions' tokens."
+        return self._captions[torch.as_tensor(rows)]
+
+    def encode_image_batch(self, states, **need)->Encoded:
+        "Run the heads that `need` names on the states of images."
+        return self.model._encode([states], -1, self.model.alignment.region_set, **need)
+
+    def encode_caption_batch(self, states, **need)->Encoded:
+        "Run the heads that `need` names on the states of captions."
+        return self.model._encode([states], 0, self.model.alignment.word_set, **need)
 
 # %% ../../nbs/train/02_frozen.ipynb #3ff168de
+FROZEN_LIMIT = 8 * 2**30 # bytes that the states of a frozen backbone may take
+
 def frozen_states(
     model:AladinModel, # with a frozen backbone
     data:RetrievalSet, # training split
     progress:bool=True, # show progress bars
 )->FrozenStates|None: # None where they would not fit
-    "The states of a split, if they take less than `FROZEN_LIMIT` and only those of the last layer are read."
+    "The states of a split, if they take at most `FROZEN_LIMIT` and only those of the last layer are read."
     if model.reads_all_layers(True): return None
     rows = int(data.caption_lengths.sum() + data.region_counts.sum())
-    return FrozenStates(model, data, progress=progress) if rows*model.config.hidden_size*4 <= FROZEN_LIMIT else None
+    if rows*model.config.hidden_size*4 > FROZEN_LIMIT: return None
+    return FrozenStates(model, data, progress=progress)

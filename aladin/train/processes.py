@@ -11,95 +11,120 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..device import default_device
 
 # %% ../../nbs/train/01_processes.ipynb #0e6a375e
 class Processes:
-    "The processes that train one model together; one alone when nothing started more."
+    "The processes that train one model together; a single one when no others were started."
     def __init__(self,
         group=None, # a torch.distributed group; all processes when not given
     ):
+        self.group = group
         self.together = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-        self.group,self.rank,self.count = group,dist.get_rank(group) if self.together else 0,dist.get_world_size(group) if self.together else 1
-        self.bytes_exchanged = 0 # of representations and scores, received by each process
+        self.rank = dist.get_rank(group) if self.together else 0
+        self.count = dist.get_world_size(group) if self.together else 1
+        self.bytes_exchanged = 0 # representations and scores received by this process
 
     @classmethod
     def start(cls):
-        "Join the processes that torchrun or accelerate launch started, over gloo or NCCL by Accelerate; alone where neither did."
+        "Join the processes that torchrun or accelerate launch started (NCCL or gloo); a single process otherwise."
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             from accelerate import PartialState
-            PartialState(cpu=default_device().type == "cpu", timeout=timedelta(hours=6)) # one mines or validates while the others wait
+            wait = timedelta(hours=6) # the main process mines negatives and validates while the others wait
+            PartialState(cpu=default_device().type == "cpu", timeout=wait)
         return cls()
 
     @property
-    def first(self)->bool: return self.rank == 0
+    def is_main(self)->bool:
+        "Whether this is process 0, which writes files and shows progress."
+        return self.rank == 0
 
-    def bounds(self, count): # of `count` rows: where each process's share begins, and the end
-        "Shares as equal as may be, the first ones larger."
-        return [r*(count//self.count) + min(r, count % self.count) for r in range(self.count + 1)]
+# %% ../../nbs/train/01_processes.ipynb #1f6fd534
+@patch
+def bounds(self:Processes,
+    count, # rows to divide
+)->list: # first row of each process, and `count`
+    "Where each process's slice of the rows begins, and the end; the first slices are the larger ones."
+    return [r*(count//self.count) + min(r, count % self.count) for r in range(self.count + 1)]
 
-    def share(self, rows): # a slice of them
-        "The neighbouring rows of this process."
-        b = self.bounds(len(rows))
-        return rows[b[self.rank]:b[self.rank+1]]
+@patch
+def share(self:Processes,
+    rows, # anything that can be sliced, the same in every process
+):
+    "The slice of this process."
+    b = self.bounds(len(rows))
+    return rows[b[self.rank]:b[self.rank+1]]
 
-    def gather(self,
-        own:Tensor, # [own rows, ...]
-        counts=None, # rows of each process, where all know them
-    )->tuple: # all rows [total, ...] in the order of the processes, rows of each process
-        "Everybody's rows, as many as each has."
-        if not self.together: return own,[len(own)]
-        if counts is None:
-            sizes = torch.zeros(self.count, dtype=torch.int64, device=own.device)
-            sizes[self.rank] = len(own)
-            dist.all_reduce(sizes, group=self.group)
-            counts = sizes.tolist()
-        parts = [own.contiguous() if r == self.rank else own.new_empty(n, *own.shape[1:]) for r,n in enumerate(counts)]
-        for r,part in enumerate(parts):
-            if part.numel(): dist.broadcast(part, group_src=r, group=self.group)
-        self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
-        return torch.cat(parts),counts
+# %% ../../nbs/train/01_processes.ipynb #1179eb06
+@patch
+def gather(self:Processes,
+    own:Tensor, # rows of this process, [own rows, ...]
+    counts=None, # rows of each process; exchanged when not given
+)->tuple: # rows of all processes [total, ...] in their order; rows of each process
+    "All-gather of tensors with different first dimensions."
+    if not self.together: return own,[len(own)]
+    if counts is None:
+        sizes = torch.zeros(self.count, dtype=torch.int64, device=own.device)
+        sizes[self.rank] = len(own)
+        dist.all_reduce(sizes, group=self.group)
+        counts = sizes.tolist()
+    parts = [own.contiguous() if r == self.rank else own.new_empty(n, *own.shape[1:]) for r,n in enumerate(counts)]
+    for r,part in enumerate(parts):
+        if part.numel(): dist.broadcast(part, group_src=r, group=self.group)
+    self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
+    return torch.cat(parts),counts
 
-    def return_sums(self,
-        gradient:Tensor, # what this process says of everybody's rows, [total, ...]
-        counts:list, # rows of each process
-    )->Tensor: # [own rows, ...]
-        "The sum over the processes, each of its own rows."
-        if not self.together: return gradient
-        parts = [o.contiguous() for o in gradient.split(counts)]
-        for r,part in enumerate(parts):
-            if part.numel(): dist.reduce(part, group_dst=r, group=self.group)
-        self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
-        return parts[self.rank]
+# %% ../../nbs/train/01_processes.ipynb #9b7a1e33
+@patch
+def reduce_scatter(self:Processes,
+    gradient:Tensor, # of the rows of all processes, as this process computed it, [total, ...]
+    counts:list, # rows of each process
+)->Tensor: # [own rows, ...]
+    "Sum over the processes; each receives the sum of its own rows."
+    if not self.together: return gradient
+    parts = [o.contiguous() for o in gradient.split(counts)]
+    for r,part in enumerate(parts):
+        if part.numel(): dist.reduce(part, group_dst=r, group=self.group)
+    self.bytes_exchanged += sum(p.numel()*p.element_size() for r,p in enumerate(parts) if r != self.rank)
+    return parts[self.rank]
 
-    def sum_gradients(self,
-        parameters, # of a model, the same in every process
-    ):
-        "Every parameter's gradient becomes its sum over the processes; one that no process has stays None."
-        if not self.together: return
-        parameters = list(parameters)
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-        dist.all_reduce(has, dist.ReduceOp.MAX, group=self.group)
-        some = [p for p,h in zip(parameters, has.tolist()) if h]
-        if not some: return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
-        dist.all_reduce(flat, group=self.group)
-        for p,g in zip(some, flat.split([p.numel() for p in some])): p.grad = g.view_as(p).clone()
+# %% ../../nbs/train/01_processes.ipynb #af984a18
+@patch
+def sum_gradients(self:Processes,
+    parameters, # of a model, the same in every process
+):
+    "Replace every gradient by its sum over the processes; one that no process has stays None."
+    if not self.together: return
+    parameters = list(parameters)
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(has, dist.ReduceOp.MAX, group=self.group)
+    some = [p for p,h in zip(parameters, has.tolist()) if h]
+    if not some: return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+    dist.all_reduce(flat, group=self.group)
+    for p,g in zip(some, flat.split([p.numel() for p in some])): p.grad = g.view_as(p).clone()
 
-    def same_start(self,
-        model, # its weights become the first process's
-        seed:int, # of dropout, another one in each process
-    ):
-        "Begin with the same weights and different random numbers."
-        if not self.together: return
-        for value in model.state_dict().values(): dist.broadcast(value, group_src=0, group=self.group)
-        torch.manual_seed(seed + self.rank)
+# %% ../../nbs/train/01_processes.ipynb #996b11a6
+@patch
+def same_start(self:Processes,
+    model, # its weights become those of the main process
+    seed:int, # of dropout; each process adds its rank
+):
+    "Begin with the same weights and different random numbers."
+    if not self.together: return
+    for value in model.state_dict().values(): dist.broadcast(value, group_src=0, group=self.group)
+    torch.manual_seed(seed + self.rank)
 
-    def tell(self, value): # what the first process says: JSON's kinds of values, or an array
-        "The first process's value, in all."
-        if not self.together: return value
-        box = [value]
-        dist.broadcast_object_list(box, group_src=0, group=self.group)
-        return box[0]
+# %% ../../nbs/train/01_processes.ipynb #8865eb00
+@patch
+def broadcast_object(self:Processes,
+    value, # values that JSON knows, or an array; only that of the main process counts
+):
+    "The main process's value, in every process."
+    if not self.together: return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=self.group)
+    return box[0]

@@ -108,7 +108,7 @@ class Training:
     ):
         self.model,self.data,self.config,self.validate,self.log,self.save_best = model,data,config,validate,log or TrainingLog(),save_best
         self.checkpoints,self.processes = checkpoints,processes or Processes()
-        self.progress,self.device,self.heads = progress and self.processes.first,next(model.parameters()).device,trained_heads(config.loss.terms)
+        self.progress,self.device,self.heads = progress and self.processes.is_main,next(model.parameters()).device,trained_heads(config.loss.terms)
         self.criterion = Criterion(config.loss).to(self.device)
         self.optimizer = make_optimizer(model, self.criterion, config.training)
         self.parameters = [*model.parameters(), *self.criterion.parameters()]
@@ -124,7 +124,7 @@ class Training:
         "Write a checkpoint; every process takes part."
         gathered = [self.processes.gather(o.to(self.device)) for o in random_states()]
         states = list(zip(*(o.split(counts) for o,counts in gathered)))
-        if not self.processes.first: return
+        if not self.processes.is_main: return
         tensors = training_tensors(self.model, self.criterion, self.optimizer, states) | self.log.tensors()
         if self.order is not None: tensors["order"] = torch.as_tensor(self.order)
         about = dict(identity=self._identity(), epoch=self.epoch, batch=self.batch, done=self.done, waited=self.waited, best=self.best, best_step=self.best["step"],
@@ -149,7 +149,7 @@ class Training:
         "The batches of this epoch."
         c,p = self.config,self.processes
         if c.training.mined_negatives and self.epoch and self.order is None:
-            self.order = p.tell(mined_order(self.model, self.data, c.training.mined_negatives, c.seed, self.epoch) if p.first else None)
+            self.order = p.broadcast_object(mined_order(self.model, self.data, c.training.mined_negatives, c.seed, self.epoch) if p.is_main else None)
         return training_batches(self.data.caption_image, c.training.batch_size, c.seed, self.epoch, c.loss.allow_siblings, c.training.batch_captions, self.order)
 
     def _stop_if_not_finite(self, value, losses, rows, what):
@@ -198,7 +198,7 @@ class Training:
         if self.checkpoints and (self.done or (self.step % s.checkpoint_every == 0 if s.checkpoint_every else validated)): self.save()
 
     def _validate(self, loss, bar):
-        metrics = self.processes.tell(self.validate(self.model, self.heads) if self.processes.first else None)
+        metrics = self.processes.broadcast_object(self.validate(self.model, self.heads) if self.processes.is_main else None)
         self.log.add(self.step, **{f"{h}_rsum": m["rsum"] for h,m in metrics.items()})
         better = selection_score(metrics) > self.best["score"]
         if self.progress: tqdm.write(_validation_line(self.step, loss, metrics, better, self.best["step"] < 0))
@@ -207,7 +207,7 @@ class Training:
         if not better: return
         self.best = dict(step=self.step, epoch=self.epoch, score=selection_score(metrics), metrics=metrics)
         self.best_weights = {k: v.detach().clone() for k,v in self.model.state_dict().items()}
-        if not self.processes.first: return
+        if not self.processes.is_main: return
         if self.checkpoints: self.checkpoints.save_best(self.step, self.best_weights)
         if self.save_best: self.save_best(self.model)
 
