@@ -26,7 +26,7 @@ Papermill runs these, one for each step of the graph; `make results` runs the gr
 Each notebook explains, exports, shows and tests one module of the package. `make export` writes the modules after an edit.
 
 {modules}"""
-PACKAGES = ("", "data", "model", "train", "evaluate", "search", "runs", "view", "cli")  # in the order in which data flows through them
+PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")  # in the order in which data flows through them
 
 
 def entry(path):

@@ -25,12 +25,12 @@ from aladin.data.ragged import Ragged
 from aladin.data.processor import AladinProcessor
 from aladin.data.splits import RetrievalSet
 from aladin.data.clip import ClipReader, clip_tokens, make_clip, tag_sentences
-from aladin.evaluate.embeddings import Embeddings, encode_split
-from aladin.evaluate.metrics import retrieval_ranks
-from aladin.evaluate.entangled import EntangledScorer
+from aladin.evaluation.embeddings import Embeddings, encode_split
+from aladin.evaluation.metrics import retrieval_ranks
+from aladin.evaluation.entangled import EntangledScorer
 from aladin.runs.record import provenance
 from aladin.model.heads import alignment_scores
-from aladin.train.losses import triplet_loss
+from aladin.training.losses import triplet_loss
 from aladin.device import default_device
 from aladin.model.configuration import AladinConfig
 from aladin.model.model import AladinModel
@@ -233,7 +233,7 @@ def encoding(images, part):
 
 def training_step(batch, how):
     "One step of the joint configuration's forward and backward pass; memory is this process's peak, so reference and ours run apart."
-    from aladin.train.losses import listnet_loss
+    from aladin.training.losses import listnet_loss
     model,data = base_model().train(),random_split(batch)
     rows = np.arange(0, 5*batch, 5)
     def ours():

@@ -17,7 +17,7 @@ from aladin.files import atomic_write, write_json
 from aladin.data.processor import AladinProcessor
 from aladin.data.splits import open_split
 from aladin.config import DataSettings
-from aladin.evaluate.metrics import retrieval_metrics
+from aladin.evaluation.metrics import retrieval_metrics
 from aladin.runs.record import provenance
 from aladin.data.regions import open_regions
 from aladin.device import set_seed

@@ -28,13 +28,13 @@ from bench import RandomRegions, matmul_peak, peak_memory, random_split, timed
 from aladin.config import config_from_dict
 from aladin.files import write_json
 from aladin.runs.record import provenance
-from aladin.train.losses import Criterion
+from aladin.training.losses import Criterion
 from aladin.device import default_device
 from aladin.model.configuration import model_config
 from aladin.model.model import AladinModel
-from aladin.train.processes import Processes
-from aladin.train.step import Step, read_epoch
-from aladin.train.pretraining import clip_gradients, make_optimizer
+from aladin.training.processes import Processes
+from aladin.training.step import Step, read_epoch
+from aladin.training.pretraining import clip_gradients, make_optimizer
 
 WAYS = {"all at once": {}, "layers recomputed": dict(recompute_layers=True), "chunks of 32": dict(chunk_size=32), "chunks of 32, layers recomputed": dict(chunk_size=32, recompute_layers=True)}
 GPU_WAYS = {"chunks of 256": dict(chunk_size=256)}

@@ -44,7 +44,7 @@ def section(out, title, about, pages, lines):
 def listing(path, target): return "- [{}]({}): {}".format(heading(path)[0], target, heading(path)[1])
 
 
-PACKAGE_TITLES = {"": "Basics", "data": "Data", "model": "Model", "train": "Training", "evaluate": "Evaluation", "search": "Search",
+PACKAGE_TITLES = {"": "Basics", "data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "search": "Search",
                   "runs": "Runs", "view": "Figures and explorer", "cli": "Command line"}
 
 

@@ -10,7 +10,7 @@ from api import Api
 root = Path(__file__).resolve().parent.parent
 nbs = root/"nbs"
 PICTURES = {}  # name on the site -> file of the checkout, of the pictures that pages show
-PACKAGES = ("", "data", "model", "train", "evaluate", "search", "runs", "view", "cli")  # in the order in which data flows through them
+PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")  # in the order in which data flows through them
 
 
 def exported(path):

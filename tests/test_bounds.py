@@ -18,10 +18,10 @@ from aladin.model.authors_config import load_config
 from aladin.data.ragged import Ragged
 from aladin.data.text import build_vocabulary, load_tokenizer, load_torch_file, read_captions, read_keys
 from aladin.data.splits import open_split
-from aladin.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
-from aladin.evaluate.scoring import hubness, score_matrix
-from aladin.evaluate.metrics import bootstrap_intervals, image_to_text_ranks, retrieval_ranks
-from aladin.evaluate.relevance import caption_relevance, ndcg_metrics, top_ranked
+from aladin.evaluation.embeddings import Embeddings, load_embeddings, save_embeddings
+from aladin.evaluation.scoring import hubness, score_matrix
+from aladin.evaluation.metrics import bootstrap_intervals, image_to_text_ranks, retrieval_ranks
+from aladin.evaluation.relevance import caption_relevance, ndcg_metrics, top_ranked
 from aladin.files import InputError, resource_dir
 from aladin.runs.graph import experiment_config
 from aladin.data.manifests import load_manifest

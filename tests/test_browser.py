@@ -152,7 +152,7 @@ def violations(page, part=None):
 def test_accessible(browser, site, scheme):
     "axe-core finds nothing: names, alternative texts, contrast, in both colour schemes."
     page = browser.new_page(color_scheme=scheme)
-    for path in ("index.html", "explore.html", "modules/train/00_losses.html", "results/scenes/index.html", "reference/index.html"):
+    for path in ("index.html", "explore.html", "modules/training/00_losses.html", "results/scenes/index.html", "reference/index.html"):
         page.goto(site + path)
         assert not violations(page), (path, violations(page))
     page.close()

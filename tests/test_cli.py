@@ -14,9 +14,9 @@ from aladin.cli.command import COMMANDS
 from aladin.cli.main import main
 from aladin.config import DataSettings
 from aladin.data.splits import open_split
-from aladin.evaluate.embeddings import encode_to_file, load_embeddings
-from aladin.evaluate.scoring import score_matrix
-from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.evaluation.embeddings import encode_to_file, load_embeddings
+from aladin.evaluation.scoring import score_matrix
+from aladin.evaluation.metrics import evaluate_embeddings
 from aladin.model.model import AladinModel
 
 golden = Path(__file__).parent/"golden"/"v1"

@@ -17,25 +17,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aladin.model.configuration import config_for_split
 from aladin.data.processor import AladinProcessor
-from aladin.train.checkpoints import Checkpoints
+from aladin.training.checkpoints import Checkpoints
 from aladin.cli.main import main
 from aladin.config import config_from_dict
 from aladin.files import read_json
 from aladin.data.splits import open_split
 from aladin.data.regions import open_regions
-from aladin.evaluate.embeddings import load_embeddings
-from aladin.evaluate.scoring import score_matrix
-from aladin.evaluate.metrics import evaluate_model
-from aladin.evaluate.relevance import top_ranked
-from aladin.evaluate.entangled import EntangledScorer
+from aladin.evaluation.embeddings import load_embeddings
+from aladin.evaluation.scoring import score_matrix
+from aladin.evaluation.metrics import evaluate_model
+from aladin.evaluation.relevance import top_ranked
+from aladin.evaluation.entangled import EntangledScorer
 from aladin.runs.stages import evaluate_run, prepare_data, prepare_scenes
 from aladin.model.model import AladinModel, load_model
 from aladin.view.plots import attend
 from aladin.search.index import SearchIndex
-from aladin.train.processes import Processes
+from aladin.training.processes import Processes
 from aladin.device import set_seed
-from aladin.train.pretraining import pretrain
-from aladin.train.training import TIMES, Training
+from aladin.training.pretraining import pretrain
+from aladin.training.loop import TIMES, Training
 from simulated_device import NAME, OnDevice, install, waits
 from test_processes import BATCHES, CASES, finish, gradients, torchrun, vocabulary  # noqa: F401 (a fixture)
 

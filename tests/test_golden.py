@@ -23,16 +23,16 @@ from aladin.model.authors_config import config_from_authors
 from aladin.data.ragged import Ragged
 from aladin.data.text import load_tokenizer, load_torch_file, tokenize
 from aladin.data.splits import open_split
-from aladin.evaluate.embeddings import encode_split
-from aladin.evaluate.scoring import score_matrix
-from aladin.evaluate.metrics import image_to_text_ranks, rank_metrics, retrieval_metrics, text_to_image_ranks
-from aladin.evaluate.relevance import ndcg
+from aladin.evaluation.embeddings import encode_split
+from aladin.evaluation.scoring import score_matrix
+from aladin.evaluation.metrics import image_to_text_ranks, rank_metrics, retrieval_metrics, text_to_image_ranks
+from aladin.evaluation.relevance import ndcg
 from aladin.model.heads import AlignmentHead, aggregate, alignment_scores
-from aladin.train.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
+from aladin.training.losses import Criterion, DistillationLoss, entropy_loss, hidden_l1, similarity, triplet_loss
 from aladin.model.model import AladinModel
 from aladin.model.authors import original_name
-from aladin.train.step import batch_losses
-from aladin.train.pretraining import clip_gradients, learning_rate, make_optimizer
+from aladin.training.step import batch_losses
+from aladin.training.pretraining import clip_gradients, learning_rate, make_optimizer
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
 v1 = here/"v1" if (here/"v1").is_dir() else here

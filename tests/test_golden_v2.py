@@ -21,7 +21,7 @@ from aladin.data.ragged import Ragged
 from aladin.data.splits import ImageBatch
 from aladin.data.clip import clip_tokens, tag_sentences
 from aladin.data.detections import SOURCES, DeticShelve, MergedRegions, suppress, unify_classes
-from aladin.train.losses import Criterion, infonce_loss, triplet_loss
+from aladin.training.losses import Criterion, infonce_loss, triplet_loss
 from aladin.model.model import AladinModel
 from aladin.model.authors import original_name
 from aladin.data.regions import RegionStore, TsvRegions

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import aladin.train.checkpoints
+import aladin.training.checkpoints
 import aladin.data.text
 import aladin.data.clip
-import aladin.evaluate.embeddings
+import aladin.evaluation.embeddings
 import aladin.files
 import aladin.runs.graph as graph
 from aladin.cli.main import main
 from aladin.data.text import load_torch_file
-from aladin.evaluate.embeddings import load_embeddings
+from aladin.evaluation.embeddings import load_embeddings
 from aladin.runs.graph import describe, experiment_config, run_stage
 from aladin.files import InputError, remove_if_stale
 from aladin.runs.stages import prepare_data, train_run
@@ -44,7 +44,7 @@ class Faults:
         self.folder, self.at, self.count, self.hit = str(folder), at, 0, ""
         for name in CALLS: self.wrap(monkeypatch, os, name)
         self.wrap(monkeypatch, aladin.files, "exchange")
-        for module in (aladin.train.checkpoints, aladin.data.text, aladin.data.clip, aladin.evaluate.embeddings): self.wrap(monkeypatch, module, "save_file")
+        for module in (aladin.training.checkpoints, aladin.data.text, aladin.data.clip, aladin.evaluation.embeddings): self.wrap(monkeypatch, module, "save_file")
         for module in (builtins, io): self.wrap_open(monkeypatch, module)
 
     def step(self, name):

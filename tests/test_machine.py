@@ -15,7 +15,7 @@ import aladin.cli.main as cli
 from aladin.cli.command import COMMANDS, parser_of
 from aladin.cli.main import main
 from aladin.data.clip import ClipReader, make_clip
-from aladin.evaluate.embeddings import load_embeddings
+from aladin.evaluation.embeddings import load_embeddings
 from aladin.runs.stages import train_run
 from aladin.files import InputError, locked, read_json
 from aladin.runs.graph import _with_home, experiment_config, run_results

@@ -13,8 +13,8 @@ import aladin.data.pictures as picture_files
 from aladin.cli.main import main
 from aladin.data.text import read_captions
 from aladin.data.splits import open_split, open_images
-from aladin.evaluate.embeddings import encode_split
-from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.evaluation.embeddings import encode_split
+from aladin.evaluation.metrics import evaluate_embeddings
 from aladin.view.explorer import Explorer
 from aladin.files import InputError, read_json
 from aladin.model.model import load_model

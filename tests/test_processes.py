@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from aladin.data.processor import AladinProcessor
 from aladin.config import config_from_dict
 from aladin.data.splits import RetrievalSet
-from aladin.train.losses import Criterion
+from aladin.training.losses import Criterion
 from aladin.model.configuration import AladinConfig
 from aladin.model.model import AladinModel, load_model
-from aladin.train.processes import Processes
-from aladin.train.step import Step, read_share
-from aladin.train.training import TIMES
+from aladin.training.processes import Processes
+from aladin.training.step import Step, read_share
+from aladin.training.loop import TIMES
 
 WORDS = "red blue green white black brown pink grey".split()
 CASES = {

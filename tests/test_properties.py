@@ -18,8 +18,8 @@ from aladin.model.authors_config import load_config
 from aladin.data.ragged import Ragged
 from aladin.data.text import read_captions, read_keys
 from aladin.data.splits import RetrievalSet
-from aladin.evaluate.embeddings import Embeddings, load_embeddings, save_embeddings
-from aladin.evaluate.metrics import retrieval_ranks
+from aladin.evaluation.embeddings import Embeddings, load_embeddings, save_embeddings
+from aladin.evaluation.metrics import retrieval_ranks
 from aladin.files import InputError, resource_dir
 from aladin.runs.graph import experiment_config
 from aladin.data.manifests import Manifest, load_manifest

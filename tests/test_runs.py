@@ -15,8 +15,8 @@ import yaml
 
 import aladin
 from aladin.files import InputError, RunFailed, resource_dir
-from aladin.evaluate.embeddings import load_embeddings
-from aladin.evaluate.metrics import evaluate_embeddings
+from aladin.evaluation.embeddings import load_embeddings
+from aladin.evaluation.metrics import evaluate_embeddings
 from aladin.runs.record import provenance
 from aladin.runs.stages import report
 from aladin.runs.graph import describe, run_notebook, run_results

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import aladin.model.heads
 from aladin.files import InputError
 from aladin.data.ragged import Ragged
-from aladin.evaluate.embeddings import Embeddings
-from aladin.evaluate.scoring import score_matrix
-from aladin.evaluate.metrics import image_to_text_ranks, retrieval_ranks, text_to_image_ranks
-from aladin.evaluate.relevance import caption_relevance
+from aladin.evaluation.embeddings import Embeddings
+from aladin.evaluation.scoring import score_matrix
+from aladin.evaluation.metrics import image_to_text_ranks, retrieval_ranks, text_to_image_ranks
+from aladin.evaluation.relevance import caption_relevance
 from aladin.model.heads import aggregate, alignment_scores
 
 aggregations = ["MrSw", "MrAVGw", "MwSr", "symm", "sum", "mean", "scan-sentences"]
@@ -117,8 +117,8 @@ PEAK = """
 import resource, sys, torch
 import torch.nn.functional as F
 from aladin.data.ragged import Ragged
-from aladin.evaluate.embeddings import Embeddings
-from aladin.evaluate.metrics import retrieval_ranks
+from aladin.evaluation.embeddings import Embeddings
+from aladin.evaluation.metrics import retrieval_ranks
 torch.set_num_threads(1)
 images,memory = int(sys.argv[1]),float(sys.argv[2])
 unit = lambda n: F.normalize(torch.randn(n, 32), dim=1)

@@ -47,7 +47,7 @@ def encode(
     "Encode every image and every caption of a split once; resumes where it was stopped."
     import torch
     from aladin.data.splits import open_split
-    from aladin.evaluate.embeddings import encode_to_file
+    from aladin.evaluation.embeddings import encode_to_file
     from aladin.device import default_device
     from aladin.model.model import load_model
     loaded = load_model(model).to(default_device())
@@ -72,7 +72,7 @@ def _ndcg(embeddings, data, split, head, kind, cache):
     "NDCG of the embeddings, with relevances from the captions of the data folder."
     from aladin.files import InputError
     from aladin.data.text import captions_file, read_captions
-    from aladin.evaluate.relevance import caption_relevance, ndcg_metrics
+    from aladin.evaluation.relevance import caption_relevance, ndcg_metrics
     path = captions_file(data, split)
     captions, owner = read_captions(path), embeddings.caption_image.cpu()
     texts = []
@@ -111,9 +111,9 @@ def _check_together(ndcg, data, bank, folds, judgements, names):
 def _recalls(embeddings, head, folds, bank, memory, bfloat16, intervals):
     "Recalls and ranks of a head, over all images or as the mean over folds."
     import torch
-    from aladin.evaluate.embeddings import load_embeddings
-    from aladin.evaluate.scoring import hubness
-    from aladin.evaluate.metrics import bootstrap_intervals, fold_metrics, ranks_metrics, retrieval_ranks
+    from aladin.evaluation.embeddings import load_embeddings
+    from aladin.evaluation.scoring import hubness
+    from aladin.evaluation.metrics import bootstrap_intervals, fold_metrics, ranks_metrics, retrieval_ranks
     if folds: return fold_metrics(embeddings, head, folds, progress=True)
     owner = embeddings.caption_image
     near = hubness(embeddings, load_embeddings(bank).to(owner.device), head) if bank else None
@@ -147,8 +147,8 @@ def evaluate(
     from aladin.files import InputError, write_json
     from aladin.data.text import read_keys
     from aladin.device import default_device
-    from aladin.evaluate.embeddings import load_embeddings
-    from aladin.evaluate.relevance import human_correlation, read_judgements
+    from aladin.evaluation.embeddings import load_embeddings
+    from aladin.evaluation.relevance import human_correlation, read_judgements
     _check_together(ndcg, data, bank, folds, judgements, names)
     encoded = load_embeddings(embeddings)
     if keys: encoded = encoded.subset(read_keys(keys))

@@ -12,8 +12,8 @@ from typing import ClassVar
 from transformers import PreTrainedConfig
 
 from ..files import InputError
-from ..config import DataSettings, ModelSettings
-from ..data.processor import input_settings
+from .. import auto
+from ..config import DataSettings, input_settings, ModelSettings
 
 # %% ../../nbs/model/03_configuration.ipynb #fac5d8dd
 class AladinConfig(PreTrainedConfig):
@@ -64,10 +64,19 @@ class AladinConfig(PreTrainedConfig):
         self.chunk_size_feed_forward = 0
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, *args, **kwargs):
+        "As for every configuration; `AutoModel` and `AutoProcessor` know its classes afterwards."
+        auto.register_classes()
+        return super().from_dict(*args, **kwargs)
+
     @property
     def settings(self)->DataSettings:
         "How the model's input is made: lengths, detectors and text readers."
         return input_settings(self)
+
+# %% ../../nbs/model/03_configuration.ipynb #226a410e
+auto.install() # where transformers' auto classes were imported first
 
 # %% ../../nbs/model/03_configuration.ipynb #470cb3dc
 _VARIANT = ("depth_alignment", "depth_matching", "post_layers", "alignment_layers", "separate_streams")

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import nn, Tensor
 from tqdm import tqdm
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..files import atomic_dir, InputError, read_json
 from ..device import evaluating, quiet_transformers
@@ -286,6 +286,7 @@ def start_from_text_model(
     path:str, # folder of a BERT with safetensors weights; hub:NAME fetches one
 ):
     "Copy a text model's embeddings and layers into the backbone; raises `InputError` where it is missing or its geometry differs."
+    from transformers import AutoModel
     hub = path.startswith("hub:")
     if not hub and not Path(path).is_dir():
         raise InputError(path, "model.init_from", "the folder of a text model, or hub:NAME", "nothing there", f"put the model there (aladin fetch all_minilm_l6_v2 --out {path}, if that is the one), or change model.init_from")

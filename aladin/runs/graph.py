@@ -140,8 +140,8 @@ CONFIGURATIONS = ("alad-alignment-triplet", "alad-matching-triplet-finetune", "a
                   "alad-alignment-and-matching-distill", "alad-alignment-and-matching-triplet0.1-plus-distill")
 
 TEACHER = "alad-alignment-triplet" # whose backbone the frozen students take
-_CODE = (*(f"data/{m}" for m in ("ragged", "regions", "text", "clip", "detections", "splits")), "config", "device", "model", "train",
-         *(f"evaluate/{m}" for m in ("embeddings", "scoring", "metrics"))) # modules, and packages with all of theirs
+_CODE = (*(f"data/{m}" for m in ("ragged", "regions", "text", "clip", "processor", "detections", "splits")), "config", "device", "model", "training",
+         *(f"evaluation/{m}" for m in ("embeddings", "scoring", "metrics"))) # modules, and packages with all of theirs
 
 def _digest(*values):
     "A short text that changes with the values."

@@ -24,10 +24,10 @@ from ..data.processor import AladinProcessor
 from ..data.splits import merged_regions, regions_folder, RetrievalSet
 from ..model.configuration import config_for_split
 from ..model.model import AladinModel, load_model, start_from_teacher, start_from_text_model
-from ..train.pretraining import pretrain
-from ..train.training import train, trained_heads
-from ..evaluate.embeddings import encode_split
-from ..evaluate.metrics import evaluate_embeddings
+from ..training.pretraining import pretrain
+from ..training.loop import train, trained_heads
+from ..evaluation.embeddings import encode_split
+from ..evaluation.metrics import evaluate_embeddings
 from .stages import vocabulary_lines, needs_teacher
 from .graph import experiment_config
 

@@ -26,12 +26,12 @@ from ..data.scenes import write_scenes
 from ..model.configuration import config_for_split
 from ..model.model import (
     AladinModel, load_model, save_model, start_from_teacher, start_from_text_model)
-from ..train.processes import Processes
-from ..train.checkpoints import Checkpoints
-from ..train.pretraining import pretrain
-from ..train.training import train, trained_heads, TrainingLog
-from ..evaluate.embeddings import encode_split, save_embeddings
-from ..evaluate.metrics import evaluate_embeddings, evaluate_model
+from ..training.processes import Processes
+from ..training.checkpoints import Checkpoints
+from ..training.pretraining import pretrain
+from ..training.loop import train, trained_heads, TrainingLog
+from ..evaluation.embeddings import encode_split, save_embeddings
+from ..evaluation.metrics import evaluate_embeddings, evaluate_model
 from .record import provenance
 from .tables import results_table, students_markdown, students_table, table_markdown
 from .reference import compare_runs, comparison_text

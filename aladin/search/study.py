@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from ..files import atomic_write, write_json
 from ..data.splits import RetrievalSet
-from ..evaluate.embeddings import encode_split
-from ..evaluate.metrics import ranks_metrics, retrieval_ranks
+from ..evaluation.embeddings import encode_split
+from ..evaluation.metrics import ranks_metrics, retrieval_ranks
 from .index import SearchIndex
 
 
