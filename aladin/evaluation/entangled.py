@@ -27,21 +27,23 @@ class EntangledScorer:
         captions, # caption numbers, [pairs]
         images, # image numbers, [pairs]
     )->Tensor: # probabilities, [pairs]
-        "Score some pairs; pairs of similar length go together."
+        "Match probabilities of some pairs; pairs of similar length share a batch."
         captions,images = np.asarray(captions),np.asarray(images)
-        d,device = self.data,next(self.model.parameters()).device
-        length = d.caption_lengths[captions] + d.tag_lengths[images]
+        device = next(self.model.parameters()).device
+        length = self.data.caption_lengths[captions] + self.data.tag_lengths[images]
         order,out = np.argsort(-length, kind="stable"),torch.empty(len(captions))
         with evaluating(self.model):
             for at in range(0, len(order), self.batch_size):
                 rows = order[at:at+self.batch_size]
+                texts = self.data.caption_batch(captions[rows]).to(device)
+                pictures = self.data.image_batch(images[rows]).to(device)
                 with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                    logits = self._logits(d.caption_batch(captions[rows]).to(device), d.image_batch(images[rows]).to(device))
+                    logits = self._logits(texts, pictures)
                 out[rows] = logits.softmax(1)[:, 1].cpu()
         return out
 
     def _logits(self, captions, images):
-        "Both classes' logits of some pairs that are read together."
+        "Logits of both classes, [pairs, 2], of pairs that are read together."
         hidden = self.model.backbone.encode_pairs(captions, images)
         first = hidden.values[hidden.beside(hidden.offsets[:-1])]
         return self.model.classifier(self.model.backbone.pooler(first[:, None])).float()
@@ -49,5 +51,6 @@ class EntangledScorer:
     def search(self,
         caption:int, # caption number
     )->Tensor: # probabilities, [images]
-        "One query against every image: what an entangled search engine must do each time."
-        return self.scores(np.full(len(self.data.image_ids), caption), np.arange(len(self.data.image_ids)))
+        "One query against every image: what a search with a cross-encoder has to do for each query."
+        count = len(self.data.image_ids)
+        return self.scores(np.full(count, caption), np.arange(count))

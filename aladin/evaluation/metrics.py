@@ -26,22 +26,25 @@ def image_to_text_ranks(
     "Rank of each image's best own caption among all captions; an image without captions is no query."
     own = caption_image[None].to(scores.device) == torch.arange(len(scores), device=scores.device)[:, None]
     best = scores.masked_fill(~own, -torch.inf).max(1).values[:, None]
-    return ((scores > best).sum(1) + ((scores == best) & ~own).sum(1)//2)[own.any(1)].cpu().numpy()
+    ties = ((scores == best) & ~own).sum(1)
+    ranks = (scores > best).sum(1) + ties//2
+    return ranks[own.any(1)].cpu().numpy()
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #1d534ea7
 def text_to_image_ranks(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
 )->np.ndarray: # [captions]
-    "Rank of each caption's image among all images."
+    "Rank of each caption's image among all images, 0-based."
     right = scores.gather(0, caption_image[None].to(scores.device))
-    return ((scores > right).sum(0) + ((scores == right).sum(0) - 1)//2).cpu().numpy()
+    ties = (scores == right).sum(0) - 1
+    return ((scores > right).sum(0) + ties//2).cpu().numpy()
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #b8f71476
 def rank_metrics(
     ranks:np.ndarray, # 0-based
 )->dict: # r1, r5, r10 (percent), medr, meanr (1-based)
-    "Recall at 1, 5, 10, median and mean rank; the median is rounded down, as in the originals."
+    "Recall at 1, 5, 10, median and mean rank; the median is rounded down, as in the authors' code."
     r = {f"r{k}": 100*float((ranks < k).mean()) for k in (1, 5, 10)}
     return r | dict(medr=float(np.floor(np.median(ranks)) + 1), meanr=float(ranks.mean() + 1))
 
@@ -55,16 +58,34 @@ def ranks_metrics(
     return both | dict(rsum=sum(d[k] for d in both.values() for k in ("r1", "r5", "r10")))
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #0e808239
-def check_scores_finite(scores):
-    if not torch.isfinite(scores).all(): raise FloatingPointError("some scores are not finite: the model has diverged or its embeddings are broken")
+def check_scores_finite(
+    scores:Tensor, # any shape
+):
+    "Raise FloatingPointError where a score is NaN or infinite."
+    if torch.isfinite(scores).all(): return
+    raise FloatingPointError("some scores are not finite: the model has diverged or its embeddings are broken")
 
 def retrieval_metrics(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
 )->dict: # as `ranks_metrics`
-    "Metrics of a whole matrix; raises FloatingPointError where a score is no number, which would beat and lose to nothing."
+    "Metrics of a whole matrix of scores; raises FloatingPointError where a score is NaN or infinite."
     check_scores_finite(scores)
     return ranks_metrics(image_to_text_ranks(scores, caption_image), text_to_image_ranks(scores, caption_image))
+
+# %% ../../nbs/evaluation/02_metrics.ipynb #13cf81f6
+def _right_scores(tiles, owner):
+    "The diagonal tiles, the cells of right pairs in each, and the score to beat of each image and of each caption."
+    best = torch.full((len(tiles.embeddings.image_ids),), -torch.inf, device=owner.device)
+    right = torch.zeros(len(owner), device=owner.device)
+    kept,own = [],[]
+    for a,(images,captions) in enumerate(zip(tiles.image_rows, tiles.caption_rows)):
+        kept.append(tiles[a, a])
+        own.append(owner[captions] == images[:, None])
+        check_scores_finite(kept[a])
+        best[images] = kept[a].masked_fill(~own[a], -torch.inf).max(1).values if len(captions) else -torch.inf
+        right[captions] = kept[a].masked_fill(~own[a], 0).sum(0)
+    return kept,own,best,right
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #9383e413
 def retrieval_ranks(
@@ -73,23 +94,16 @@ def retrieval_ranks(
     memory:float=1.0, # GiB that it may take beyond the embeddings
     dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16
     progress:bool=False, # show a progress bar
-    hubness:tuple|None=None, # of `hubness`, to subtract
+    hubness:tuple|None=None, # that `hubness` returned, to subtract
 )->tuple: # ranks of the images that have captions and of the captions [captions], 0-based arrays
-    """Both directions' ranks from one pass over the scores, by counting; the matrix is never whole in memory.
+    """Ranks of both directions from one pass over the scores, by counting; the matrix is never whole in memory.
 
-    Raises `InputError` for embeddings without images or without captions."""
+    Raises `InputError` for embeddings without images or without captions, FloatingPointError for scores of NaN."""
     tiles,owner = ScoreTiles(embeddings, head, memory, dtype, hubness),embeddings.caption_image
-    at = dict(device=owner.device)
     bar = tqdm(total=len(tiles)**2, desc=head, disable=not progress)
-    best,right = torch.full((len(embeddings.image_ids),), -torch.inf, **at),torch.zeros(len(owner), **at) # the score to beat
-    kept,own = [],[] # tiles of right pairs, and which cells those are
-    for a,(images,captions) in enumerate(zip(tiles.image_rows, tiles.caption_rows)):
-        kept.append(tiles[a, a])
-        own.append(owner[captions] == images[:, None])
-        check_scores_finite(kept[a])
-        best[images] = kept[a].masked_fill(~own[a], -torch.inf).max(1).values if len(captions) else -torch.inf
-        right[captions] = kept[a].masked_fill(~own[a], 0).sum(0)
-    better,equal = [[torch.zeros(len(o), dtype=torch.int64, **at) for o in (best, right)] for _ in range(2)]
+    kept,own,best,right = _right_scores(tiles, owner)
+    def zeros(): return [torch.zeros(len(o), dtype=torch.int64, device=owner.device) for o in (best, right)]
+    better,equal = zeros(),zeros() # of images, of captions
     for a,images in enumerate(tiles.image_rows):
         for b,captions in enumerate(tiles.caption_rows):
             scores = kept[a] if a == b else tiles[a, b]
@@ -111,12 +125,13 @@ def evaluate_embeddings(
     progress:bool=False, # show progress bars
     bank:Embeddings|None=None, # correct the scores for hubness, measured on these
 )->dict: # head -> metrics and the seconds that scoring took
-    "Metrics of each head over the whole split; raises FloatingPointError where a score is no number."
+    "Metrics of each head over the whole split; raises FloatingPointError where a score is NaN or infinite."
     out = {}
     for head in heads:
         start = time.perf_counter()
         near = hubness(embeddings, bank, head) if bank else None
-        out[head] = ranks_metrics(*retrieval_ranks(embeddings, head, progress=progress, hubness=near)) | dict(seconds=time.perf_counter() - start)
+        i2t,t2i = retrieval_ranks(embeddings, head, progress=progress, hubness=near)
+        out[head] = ranks_metrics(i2t, t2i) | dict(seconds=time.perf_counter() - start)
     return out
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #c8234f09
@@ -127,7 +142,8 @@ def evaluate_model(
     progress:bool=False, # show progress bars
 )->dict: # as `evaluate_embeddings`
     "Encode a split and evaluate it."
-    return evaluate_embeddings(encode_split(model, data, progress=progress).to(next(model.parameters()).device), heads, progress)
+    embeddings = encode_split(model, data, progress=progress)
+    return evaluate_embeddings(embeddings.to(next(model.parameters()).device), heads, progress)
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #3dd033ef
 def fold_metrics(
@@ -136,43 +152,50 @@ def fold_metrics(
     folds:int=5, # parts of consecutive images
     progress:bool=False, # show a progress bar
 )->dict: # as `ranks_metrics`
-    "The mean over equal parts of the images, each searched alone; raises ValueError where the images do not divide."
+    "Mean over equal parts of the images, each searched alone; raises ValueError where the images do not divide."
     n,rest = divmod(len(embeddings.image_ids), folds)
     if rest or not n: raise ValueError(f"{len(embeddings.image_ids)} images do not make {folds} equal folds")
-    parts = [ranks_metrics(*retrieval_ranks(embeddings.subset(embeddings.image_ids[i*n:i*n+n]), head))
-             for i in tqdm(range(folds), desc=f"{head}, folds", disable=not progress)]
-    mean = lambda of: float(np.mean([of(p) for p in parts]))
-    return {d: {k: mean(lambda p: p[d][k]) for k in parts[0][d]} for d in ("i2t", "t2i")} | dict(rsum=mean(lambda p: p["rsum"]))
+    parts = []
+    for i in tqdm(range(folds), desc=f"{head}, folds", disable=not progress):
+        part = embeddings.subset(embeddings.image_ids[i*n:i*n+n])
+        parts.append(ranks_metrics(*retrieval_ranks(part, head)))
+    def mean(values): return float(np.mean(list(values)))
+    out = {d: {k: mean(p[d][k] for p in parts) for k in parts[0][d]} for d in ("i2t", "t2i")}
+    return out | dict(rsum=mean(p["rsum"] for p in parts))
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #d7d949ac
 def _weighted_median(ranks, order, weights):
-    "As `rank_metrics` takes it, where element i counts weights[i] times."
+    "The median as `rank_metrics` takes it, where element i counts weights[i] times; `order` sorts the ranks."
     sums = weights[order].cumsum()
     middle = ranks[order][np.searchsorted(sums, [(sums[-1] - 1)//2, sums[-1]//2], side="right")]
     return np.floor(middle.mean()) + 1
+
+# %% ../../nbs/evaluation/02_metrics.ipynb #6c735cae
+def _weighted_metrics(ranks, order, weights):
+    "`rank_metrics` where element i counts weights[i] times."
+    total = weights.sum()
+    row = {f"r{k}": 100*float(weights @ (ranks < k))/total for k in (1, 5, 10)}
+    return row | dict(medr=_weighted_median(ranks, order, weights), meanr=float(weights @ ranks)/total + 1)
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #9cd66aa1
 def bootstrap_intervals(
     i2t:np.ndarray, # ranks of the images that have captions, 0-based
     t2i:np.ndarray, # ranks of the captions, 0-based
     caption_image, # row of each caption's image, [captions]
-    samples:int=1000, # how often to draw
-    level:float=0.95, # share of the samples within the interval
+    samples:int=1000, # number of samples
+    level:float=0.95, # fraction of the samples within the interval
     seed:int=0, # of the draw
-)->dict: # as `ranks_metrics`, each figure as [low, high]
-    "Percentile intervals of every figure when images are drawn with replacement, each with all its captions; the gallery stays whole."
+)->dict: # as `ranks_metrics`, each metric as [low, high]
+    "Percentile intervals of every metric when images are drawn with replacement, each with all its captions."
     rng,n = np.random.default_rng(seed),len(i2t)
     _,owner = np.unique(np.asarray(caption_image), return_inverse=True) # images without captions are not counted
-    sides = dict(i2t=(i2t, np.arange(n)), t2i=(t2i, owner))
-    orders = {d: ranks.argsort(kind="stable") for d,(ranks,_) in sides.items()}
-    drawn = []
+    i2t_order,t2i_order = i2t.argsort(kind="stable"),t2i.argsort(kind="stable")
+    drawn = dict(i2t=[], t2i=[])
     for _ in range(samples):
-        counts,row = np.bincount(rng.integers(n, size=n), minlength=n),{}
-        for d,(ranks,image) in sides.items():
-            w = counts[image]
-            row |= {(d, f"r{k}"): 100*float(w @ (ranks < k))/w.sum() for k in (1, 5, 10)}
-            row |= {(d, "medr"): _weighted_median(ranks, orders[d], w), (d, "meanr"): float(w @ ranks)/w.sum() + 1}
-        row["rsum",] = sum(v for k,v in row.items() if k[-1] in ("r1", "r5", "r10"))
-        drawn.append(row)
-    spread = {k: np.quantile([row[k] for row in drawn], [(1-level)/2, (1+level)/2]).tolist() for k in drawn[0]}
-    return {d: {k[1]: v for k,v in spread.items() if k[0] == d} for d in sides} | dict(rsum=spread["rsum",])
+        counts = np.bincount(rng.integers(n, size=n), minlength=n)
+        drawn["i2t"].append(_weighted_metrics(i2t, i2t_order, counts))
+        drawn["t2i"].append(_weighted_metrics(t2i, t2i_order, counts[owner]))
+    def interval(values): return np.quantile(values, [(1-level)/2, (1+level)/2]).tolist()
+    out = {d: {k: interval([row[k] for row in rows]) for k in rows[0]} for d,rows in drawn.items()}
+    rsums = [sum(row[k] for row in pair for k in ("r1", "r5", "r10")) for pair in zip(drawn["i2t"], drawn["t2i"])]
+    return out | dict(rsum=interval(rsums))

@@ -24,23 +24,25 @@ def ndcg(
     relevance:np.ndarray, # of every candidate, [queries, candidates]
     ranking:np.ndarray, # the candidates found, best first, [queries, k]
 )->np.ndarray: # [queries], 0 where nothing is relevant
-    "Normalised discounted cumulative gain with exponential gains."
-    k = ranking.shape[1]
+    "Normalised discounted cumulative gain (NDCG) with exponential gains."
+    k,relevance = ranking.shape[1],np.asarray(relevance, dtype=np.float64)
     discount = 1/np.log2(np.arange(2, k + 2))
-    gain = lambda r: (2.0**r - 1) @ discount[:r.shape[1]]
-    best = gain(-np.sort(-np.asarray(relevance, dtype=np.float64), axis=1)[:, :k])
-    found = gain(np.take_along_axis(np.asarray(relevance, dtype=np.float64), ranking, 1))
+    def gain(r): return (2.0**r - 1) @ discount[:r.shape[1]]
+    best = gain(-np.sort(-relevance, axis=1)[:, :k])
+    found = gain(np.take_along_axis(relevance, ranking, 1))
     return np.divide(found, best, out=np.zeros(len(found)), where=best > 0)
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #e58ca133
 def _as_strings(texts):
-    "Each text's words, lower-case without punctuation, as one character a word: what RapidFuzz compares fastest."
+    "Each text's words, lower-case without punctuation, as one character a word."
     words = [re.findall(r"\w+", t.lower()) for t in texts]
-    codes = {w: chr(0xE000 + i if i < 6000 else 0xF0000 + i) for i,w in enumerate(dict.fromkeys(w for o in words for w in o))} # private use: never one letter for two
+    different = dict.fromkeys(w for o in words for w in o)
+    codes = {w: chr(0xE000 + i if i < 6000 else 0xF0000 + i) for i,w in enumerate(different)} # private use areas
     return ["".join(codes[w] for w in o) for o in words]
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #d5bbf8f3
 def _rouge(captions, owner, first, progress):
+    "ROUGE-L of every caption against the captions of every image; `first` is each image's first caption."
     from rapidfuzz.distance import LCSseq
     from rapidfuzz.process import cdist
     texts = _as_strings(captions)
@@ -52,19 +54,30 @@ def _rouge(captions, owner, first, progress):
         recall = np.maximum.reduceat(common/size, first, axis=1)
         precision = np.maximum.reduceat(common, first, axis=1)/size[at:at+step, None]
         total = recall + beta*precision
-        table[:, at:at+step] = np.divide((1 + beta)*precision*recall, total, out=np.zeros_like(total), where=total > 0).T
+        f = np.divide((1 + beta)*precision*recall, total, out=np.zeros_like(total), where=total > 0)
+        table[:, at:at+step] = f.T
     return table
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #5bf21383
-def _spice(captions, owner, first, progress):
+def _load_spice():
+    "The scorer of pycocoevalcap; raises `InputError` where the package or Java is missing."
     try: from pycocoevalcap.spice.spice import Spice
-    except ImportError: raise InputError("SPICE", "package pycocoevalcap", "it, to run SPICE", "not installed", "pip install pycocoevalcap, or take ROUGE-L") from None
-    if not shutil.which("java"): raise InputError("SPICE", "program java", "a Java runtime, which SPICE needs", "none on the PATH", "install Java 8 or newer, or take ROUGE-L")
-    bounds,scorer = np.append(first, len(owner)),Spice()
+    except ImportError:
+        fix = "pip install pycocoevalcap, or take ROUGE-L"
+        raise InputError("SPICE", "package pycocoevalcap", "it, to run SPICE", "not installed", fix) from None
+    if not shutil.which("java"):
+        expected,fix = "a Java runtime, which SPICE needs","install Java 8 or newer, or take ROUGE-L"
+        raise InputError("SPICE", "program java", expected, "none on the PATH", fix)
+    return Spice()
+
+def _spice(captions, owner, first, progress):
+    "SPICE of every caption against the captions of every image; `first` is each image's first caption."
+    scorer,bounds = _load_spice(),np.append(first, len(owner))
     references = {i: list(captions[a:b]) for i,(a,b) in enumerate(zip(bounds, bounds[1:]))}
     table = np.empty((len(first), len(captions)), dtype=np.float32)
     for c in tqdm(range(len(captions)), desc="SPICE", disable=not progress):
-        table[:, c] = [s["All"]["f"] for s in scorer.compute_score(references, {i: [captions[c]] for i in references})[1]]
+        scores = scorer.compute_score(references, {i: [captions[c]] for i in references})[1]
+        table[:, c] = [s["All"]["f"] for s in scores]
     return table
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #a119d757
@@ -74,10 +87,12 @@ def caption_relevance(
     captions:list, # texts, grouped by image
     caption_image, # row of each caption's image, ascending, [captions]
     kind:str="rouge", # rouge (ROUGE-L), or spice (pycocoevalcap and Java; hours for thousands of images)
-    cache=None, # folder that keeps the table as a .npy file
+    cache=None, # folder that keeps the table as a .npy file; none when not given
     progress:bool=False, # show a progress bar
 )->np.ndarray: # float32 [images, captions], mapped from the cache if there is one
-    "Every caption's relevance to every image, scored against the image's captions. Raises `InputError` where SPICE cannot run."
+    """Every caption's relevance to every image, scored against the image's captions.
+
+    Raises ValueError where the captions are not grouped by image, and `InputError` where SPICE cannot run."""
     owner = np.asarray(caption_image)
     if len(owner) == 0 or (np.diff(owner) < 0).any(): raise ValueError("captions must be grouped by image")
     digest = hashlib.sha256(json.dumps([list(captions), owner.tolist()]).encode()).hexdigest()[:16]
@@ -93,14 +108,15 @@ def caption_relevance(
 def top_ranked(
     embeddings:Embeddings, # an encoded split
     head:str="alignment", # alignment or matching
-    k:int=25, # how many
+    k:int=25, # candidates of each query
     memory:float=1.0, # GiB that it may take beyond the embeddings
     progress:bool=False, # show a progress bar
 )->tuple: # captions of each image, int64 [images, k], and images of each caption, int64 [captions, k], best first
     "The best candidates of both directions from one pass over the scores."
     tiles,owner = ScoreTiles(embeddings, head, memory),embeddings.caption_image
-    counts = len(embeddings.image_ids),len(owner)
-    best = [torch.full((n, min(k, other)), -torch.inf, device=owner.device) for n,other in zip(counts, counts[::-1])]
+    images,captions = len(embeddings.image_ids),len(owner)
+    shapes = (images, min(k, captions)),(captions, min(k, images))
+    best = [torch.full(shape, -torch.inf, device=owner.device) for shape in shapes]
     rows = [torch.zeros(b.shape, dtype=torch.int64, device=owner.device) for b in best]
     bar = tqdm(total=len(tiles)**2, desc=head, disable=not progress)
     for a,images in enumerate(tiles.image_rows):
@@ -116,6 +132,12 @@ def top_ranked(
     bar.close()
     return tuple(r.cpu().numpy() for r in rows)
 
+# %% ../../nbs/evaluation/03_relevance.ipynb #b40210e6
+def _mean_ndcg(relevance, ranking):
+    "Mean NDCG, a thousand queries at a time: the relevances may be mapped from a file."
+    parts = range(0, len(ranking), 1000)
+    return float(sum(ndcg(relevance[i:i+1000], ranking[i:i+1000]).sum() for i in parts)/len(ranking))
+
 # %% ../../nbs/evaluation/03_relevance.ipynb #81e421ed
 def ndcg_metrics(
     embeddings:Embeddings, # an encoded split
@@ -128,21 +150,19 @@ def ndcg_metrics(
     shape = len(embeddings.image_ids),len(embeddings.caption_image)
     if relevance.shape != shape:
         expected = f"relevances of {shape[0]} images and {shape[1]} captions"
-        raise InputError("embeddings", "NDCG", expected, f"shape {relevance.shape}", "leave out images without captions")
+        found,fix = f"shape {relevance.shape}","leave out images without captions"
+        raise InputError("embeddings", "NDCG", expected, found, fix)
     captions,images = top_ranked(embeddings, head, k, progress=progress)
     return dict(i2t=100*_mean_ndcg(relevance, captions), t2i=100*_mean_ndcg(relevance.T, images))
-
-# %% ../../nbs/evaluation/03_relevance.ipynb #b40210e6
-def _mean_ndcg(relevance, ranking):
-    "In pieces: the relevances may be mapped from a file."
-    return float(sum(ndcg(relevance[i:i+1000], ranking[i:i+1000]).sum() for i in range(0, len(ranking), 1000))/len(ranking))
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #4c00973c
 def read_judgements(
     path, # ExpertAnnotations.txt or CrowdFlowerAnnotations.txt of Flickr8k, may be gzipped
     names, # a table of image ids and file names, tab-separated
-)->pd.DataFrame: # image (id), caption_of (id of the image it was written for), number (which of its captions), judgement
-    "Human judgements: the experts' mean from 1 to 4, or the crowd's share of yes; raises `InputError` naming the line that does not fit."
+)->pd.DataFrame: # image (id), caption_of (id of the image it was written for), number (of the caption), judgement
+    """Human judgements: the experts' mean from 1 to 4, or the crowd's fraction of yes.
+
+    Raises `InputError` naming the line that does not fit."""
     for p in (path, names):
         if not Path(p).is_file(): raise InputError(p, "file", "a table of Flickr8k", "nothing there", "check the path")
     ids = pd.read_csv(names, sep="\t", header=None, dtype=str).set_index(1)[0]
@@ -150,29 +170,49 @@ def read_judgements(
     parts = table.caption.str.extract(r"^(.+)#(\d)$")
     numbers = table[["a", "b", "c"]].apply(pd.to_numeric, errors="coerce")
     bad = np.flatnonzero(parts.isna().any(axis=1) | numbers.isna().any(axis=1))
-    if len(bad): raise InputError(path, f"line {bad[0] + 1}", "image, image#number and three numbers", str(table.iloc[bad[0]].tolist()), "give the annotation file as it was published")
+    if len(bad):
+        expected,found = "image, image#number and three numbers",str(table.iloc[bad[0]].tolist())
+        fix = "give the annotation file as it was published"
+        raise InputError(path, f"line {bad[0] + 1}", expected, found, fix)
     absent = sorted((set(table.image) | set(parts[0])) - set(ids.index))
-    if absent: raise InputError(names, f"image {absent[0]}", f"every image of {Path(path).name}", f"{len(absent)} are missing", "give the table that belongs to the annotations")
+    if absent:
+        expected,fix = f"every image of {Path(path).name}","give the table that belongs to the annotations"
+        raise InputError(names, f"image {absent[0]}", expected, f"{len(absent)} are missing", fix)
     crowd = np.isclose(numbers.a, numbers.b/(numbers.b + numbers.c).clip(lower=1)).all()
-    return pd.DataFrame(dict(image=table.image.map(ids), caption_of=parts[0].map(ids), number=parts[1].astype(int), judgement=numbers.a if crowd else numbers.mean(axis=1)))
+    judgement = numbers.a if crowd else numbers.mean(axis=1)
+    caption_of,number = parts[0].map(ids),parts[1].astype(int)
+    return pd.DataFrame(dict(image=table.image.map(ids), caption_of=caption_of, number=number, judgement=judgement))
+
+# %% ../../nbs/evaluation/03_relevance.ipynb #e947e512
+def _caption_rows(embeddings):
+    "Row of each caption by the row of its image and its number among that image's captions."
+    owner,rows,seen = embeddings.caption_image.tolist(),{},{}
+    for i,image in enumerate(owner):
+        number = seen.get(image, 0)
+        rows[image, number] = i
+        seen[image] = number + 1
+    return rows
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #c9d0266a
 def human_correlation(
     embeddings:Embeddings, # an encoded split
-    judgements:pd.DataFrame, # of `read_judgements`
+    judgements:pd.DataFrame, # that `read_judgements` returned
     head:str="alignment", # alignment or matching
 )->dict: # tau_b, rho, pairs
-    "Rank correlation of a head's scores with human judgements, over the pairs that are encoded; raises `InputError` where there are fewer than two."
+    """Rank correlation of a head's scores with human judgements, over the pairs that are encoded.
+
+    Raises `InputError` where there are fewer than two."""
     from scipy.stats import kendalltau, spearmanr
-    e = embeddings
-    row = {k: i for i,k in enumerate(e.image_ids)}
-    place = np.arange(len(e.caption_image)) # number of each caption among its image's
-    owner = e.caption_image.cpu().numpy()
-    order = owner.argsort(kind="stable")
-    place[order] = np.arange(len(owner)) - np.searchsorted(owner[order], owner[order])
-    caption = {(o, p): i for i,(o,p) in enumerate(zip(owner.tolist(), place.tolist()))}
-    pairs = [(row[i], caption[row[c], n], j) for i,c,n,j in judgements.itertuples(index=False) if i in row and c in row and (row[c], n) in caption]
-    if len(pairs) < 2: raise InputError("judgements", "pairs", "images and captions that are encoded", f"{len(pairs)} of {len(judgements)}", "encode the split that was judged")
+    row = {k: i for i,k in enumerate(embeddings.image_ids)}
+    caption = _caption_rows(embeddings)
+    pairs = []
+    for image,caption_of,number,judgement in judgements.itertuples(index=False):
+        at = caption.get((row.get(caption_of), number))
+        if image in row and at is not None: pairs.append((row[image], at, judgement))
+    if len(pairs) < 2:
+        expected,found = "images and captions that are encoded",f"{len(pairs)} of {len(judgements)}"
+        raise InputError("judgements", "pairs", expected, found, "encode the split that was judged")
     images,captions,judged = (np.array(o) for o in zip(*pairs))
-    scores = score_matrix(e, head).cpu().numpy()[images, captions]
-    return dict(tau_b=float(kendalltau(scores, judged).statistic), rho=float(spearmanr(scores, judged).statistic), pairs=len(pairs))
+    scores = score_matrix(embeddings, head).cpu().numpy()[images, captions]
+    tau,rho = kendalltau(scores, judged).statistic,spearmanr(scores, judged).statistic
+    return dict(tau_b=float(tau), rho=float(rho), pairs=len(pairs))

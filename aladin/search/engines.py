@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..files import atomic_dir, InputError, read_json
@@ -29,67 +30,81 @@ def _texts(value):
 def _read_about(path, keys):
     "segment.json, checked: as many owners, texts and tags as ids, or what is deleted."
     about = read_json(path, "a segment of an index")
-    def need(fits, key, expected): # the file's content is not printed
+    def need(fits, key, expected):
         if not fits: raise InputError(path, key, expected, "something else", _AGAIN)
     need(isinstance(about, dict), "file", "an object")
     if "deleted" in about: need(_texts(about["deleted"]), "deleted", "a list of ids")
     if "ids" not in about and "deleted" in about: return about
-    need(_texts(about.get("ids")) and len(set(about["ids"])) == len(about["ids"]), "ids", "a list of different ids")
-    need(_texts(about.get("owners")) and len(about["owners"]) == len(about["ids"]), "owners", "an id for each item")
+    ids,owners,texts,tags = (about.get(key) for key in ("ids", "owners", "texts", "tags"))
+    need(_texts(ids) and len(set(ids)) == len(ids), "ids", "a list of different ids")
+    need(_texts(owners) and len(owners) == len(ids), "owners", "an id for each item")
     for key in keys: need(key in about, key, "this key")
     need(isinstance(about.get("source", ""), str), "source", "text")
-    texts,tags = about.get("texts"),about.get("tags")
-    if "texts" in about: need(_texts(texts) and len(texts) == len(about["ids"]), "texts", "a text for each item")
-    each = isinstance(tags, list) and len(tags) == len(about["ids"]) and all(o is None or _texts(o) for o in tags)
-    if "tags" in about: need(each, "tags", "a list of texts, or null, for each item")
+    if "texts" in about: need(_texts(texts) and len(texts) == len(ids), "texts", "a text for each item")
+    if "tags" in about:
+        fits = isinstance(tags, list) and len(tags) == len(ids) and all(o is None or _texts(o) for o in tags)
+        need(fits, "tags", "a list of texts, or null, for each item")
     return about
 
 # %% ../../nbs/search/00_engines.ipynb #5c66f80a
 class Segment:
-    """Some items of an index, written once: sets (float16), vectors and what is told of each item.
+    """Some items of an index, written once: sets (float16), vectors and a description of each item.
 
     Raises `InputError` for files that are missing, of another shape or do not fit together."""
     def __init__(self,
         folder, # its folder
         keys:tuple=(), # what segment.json must have beside ids and owners, such as tags
-        dim:int|None=None, # width of vectors and sets, where it is known
+        dim:int|None=None, # width of vectors and sets; that of the files when not given
     ):
         self.folder = Path(folder)
         self.about = _read_about(self.folder/"segment.json", keys) # ids, owners, source, texts or tags; or deleted
         if "ids" in self.about: self._check(len(self.about["ids"]), dim)
 
-    def _check(self, items, dim):
-        "Look at the shapes of all arrays; they are mapped again when they are needed, to keep few files open."
-        def mapped(name, *about): return map_array(self.folder/f"{name}.npy", *about, _AGAIN)
-        self.offsets = np.array(mapped("offsets", "int64", (items + 1,)))
-        self.dim = mapped("vectors", "float32", (items, dim)).shape[1]
-        rows = len(mapped("sets", "float16", (None, self.dim)))
-        check_offsets(self.folder/"offsets.npy", self.offsets, rows, _AGAIN)
-        if "tags" not in self.about: return
-        mapped("boxes", "float32", (rows, 4))
-        for i,(tags,length) in enumerate(zip(self.about["tags"], np.diff(self.offsets))):
-            if tags is not None and len(tags) != length:
-                expected = f"{length} tags, one a region"
-                raise InputError(self.folder/"segment.json", f"tags, item {i}", expected, len(tags), _AGAIN)
 
     def _map(self, name): return np.load(self.folder/f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
-    def sets(self): return self._map("sets") if self.offsets[-1] else np.zeros((0, self.dim), np.float16)
-    @cached_property
-    def vectors(self): return self._map("vectors")
-    @cached_property
-    def boxes(self): return self._map("boxes")
+    def sets(self):
+        "All sets end to end, float16 [rows, dim]."
+        return self._map("sets") if self.offsets[-1] else np.zeros((0, self.dim), np.float16)
 
-    def rows(self, row)->slice:
-        "Where the set of an item lies."
+    @cached_property
+    def vectors(self):
+        "Matching vectors, float32 [items, dim]."
+        return self._map("vectors")
+
+    @cached_property
+    def boxes(self):
+        "Boxes of the regions, float32 [rows, 4]."
+        return self._map("boxes")
+
+    def rows(self,
+        row:int, # number of an item in this segment
+    )->slice: # its rows of `sets`
+        "Where the set of an item lies; raises `InputError` for a number that is not there."
         if 0 <= row < len(self.offsets) - 1: return slice(*self.offsets[row:row+2].tolist())
         expected = f"an item below {len(self.offsets) - 1}, where the engine refers to"
         raise InputError(self.folder, "items", expected, row, "build the index again")
 
+# %% ../../nbs/search/00_engines.ipynb #6c8e4e5d
+@patch
+def _check(self:Segment, items, dim):
+    "Check the shapes of all arrays; they are mapped again when they are needed, to keep few files open."
+    def mapped(name, *about): return map_array(self.folder/f"{name}.npy", *about, _AGAIN)
+    self.offsets = np.array(mapped("offsets", "int64", (items + 1,)))
+    self.dim = mapped("vectors", "float32", (items, dim)).shape[1]
+    rows = len(mapped("sets", "float16", (None, self.dim)))
+    check_offsets(self.folder/"offsets.npy", self.offsets, rows, _AGAIN)
+    if "tags" not in self.about: return
+    mapped("boxes", "float32", (rows, 4))
+    for i,(tags,length) in enumerate(zip(self.about["tags"], np.diff(self.offsets))):
+        if tags is None or len(tags) == length: continue
+        expected = f"{length} tags, one a region"
+        raise InputError(self.folder/"segment.json", f"tags, item {i}", expected, len(tags), _AGAIN)
+
 # %% ../../nbs/search/00_engines.ipynb #5c66f80b
 def _check_finite(path, numbers):
-    "Refuse NaN, which would win every comparison."
+    "Raise `InputError` for NaN or infinity."
     if torch.isfinite(numbers).all(): return
     raise InputError(path, "vectors and sets", "finite numbers", "NaN or infinity", "build the index again")
 
@@ -97,20 +112,21 @@ def _check_finite(path, numbers):
 _SEGMENT_NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 
 class SetStore:
-    "The segments of one kind of items; `path` need not be there yet."
+    "The segments of one kind of items; the folder need not exist yet."
     def __init__(self,
         path, # folder of the segments
-        keys:tuple=(), # as in `Segment`
-        dim:int|None=None, # as in `Segment`
+        keys:tuple=(), # keys that every segment.json must have, as in `Segment`
+        dim:int|None=None, # width of vectors and sets, as in `Segment`
     ):
         self.path,self.keys,self.dim,self._open = Path(path),keys,dim,{}
 
     def names(self)->list:
-        "The segments that are there, oldest first. Whatever else lies in the folder is ignored."
-        return sorted(p.name for p in self.path.iterdir() if _SEGMENT_NAME.fullmatch(p.name)) if self.path.is_dir() else []
+        "The names of the segments, oldest first. Whatever else lies in the folder is ignored."
+        if not self.path.is_dir(): return []
+        return sorted(p.name for p in self.path.iterdir() if _SEGMENT_NAME.fullmatch(p.name))
 
     def next_name(self)->str:
-        "A name after all that are there: a number counted up, whatever the clock says, and a random part."
+        "A name after all that are there: a number counted up and a random part."
         number = max((int(n[:20]) for n in self.names()), default=0) + 1
         return f"{number:020d}-{uuid.uuid4().hex[:8]}"
 
@@ -118,65 +134,81 @@ class SetStore:
         name:str, # of a segment
     )->Segment:
         "A segment, opened and checked once; raises `InputError` when it is not there or damaged."
-        if name not in self._open:
-            if not (self.path/name/"segment.json").is_file(): raise InputError(self.path/name, "segment", "the sets that the engine refers to", "nothing there", "copy the folder of the index whole, or build it again")
-            self._open[name] = Segment(self.path/name, self.keys, self.dim)
+        if name in self._open: return self._open[name]
+        if not (self.path/name/"segment.json").is_file():
+            expected = "the sets that the engine refers to"
+            raise InputError(self.path/name, "segment", expected, "nothing there", _AGAIN)
+        self._open[name] = Segment(self.path/name, self.keys, self.dim)
         return self._open[name]
 
-    def write(self,
-        about:dict, # ids, owners and what else is told of the items
-        **arrays, # sets, offsets, vectors and what else has one row an item or a region
-    )->str: # the segment's name
-        "Write a segment, all or nothing; it is on disk when the call returns."
-        name = self.next_name()
-        with atomic_dir(self.path/name) as part:
-            for key,value in arrays.items(): np.save(part/f"{key}.npy", value, allow_pickle=False)
-            (part/"segment.json").write_text(json.dumps(about), encoding="utf-8")
-        return name
+# %% ../../nbs/search/00_engines.ipynb #56a83ba3
+@patch
+def write(self:SetStore,
+    about:dict, # the content of segment.json: ids, owners, source, texts, tags; or deleted
+    **arrays, # vectors, sets, offsets, boxes
+)->str: # the segment's name
+    "Write a segment, all or nothing; it is on disk when the call returns."
+    name = self.next_name()
+    with atomic_dir(self.path/name) as part:
+        for key,value in arrays.items(): np.save(part/f"{key}.npy", value, allow_pickle=False)
+        (part/"segment.json").write_text(json.dumps(about), encoding="utf-8")
+    return name
 
-    def read(self,
-        places, # of (segment, row)
-    )->Ragged: # float32 [total rows, dim]
-        "The sets at these places."
-        found = [(s := self.segment(name)).sets[s.rows(row)] for name,row in places]
-        values = torch.from_numpy(np.concatenate(found).astype(np.float32))
-        _check_finite(self.path, values)
-        return Ragged(values, torch.tensor([len(o) for o in found]))
-
-    def live(self):
-        "The items that count, segment by segment: neither replaced nor deleted since."
-        places = ExactEngine(self)
-        for name in self.names():
-            segment = self.segment(name)
-            ids = segment.about.get("ids", [])
-            found = places.find(ids)
-            rows = [r for r,i in enumerate(ids) if found.get(i) == (name, r)]
-            if rows: yield LiveItems(*([segment.about[k][r] for r in rows] if k in segment.about else [None]*len(rows) for k in ("ids", "owners", "texts")), segment.vectors[rows], self.read([(name, r) for r in rows]))
+@patch
+def read(self:SetStore,
+    places, # of (segment, row)
+)->Ragged: # float32 [total rows, dim]
+    "The sets at these places; raises `InputError` for a place that is not there, for NaN and for infinity."
+    found = []
+    for name,row in places:
+        segment = self.segment(name)
+        found.append(segment.sets[segment.rows(row)])
+    values = torch.from_numpy(np.concatenate(found).astype(np.float32))
+    _check_finite(self.path, values)
+    return Ragged(values, torch.tensor([len(o) for o in found]))
 
 # %% ../../nbs/search/00_engines.ipynb #f8bfb7e1
 @dataclass
 class LiveItems:
     "Some items of one segment."
-    ids:list # of the items
+    ids:list # ids of the items
     owners:list # the image of each
     texts:list # the caption of each, or None
     vectors:np.ndarray # float32 [items, dim]
     sets:Ragged # float32 [total, dim]
 
+@patch
+def live(self:SetStore):
+    "Iterate over the items that count, a `LiveItems` for each segment that has any."
+    places = ExactEngine(self)
+    for name in self.names():
+        segment = self.segment(name)
+        ids = segment.about.get("ids", [])
+        found = places.find(ids)
+        rows = [r for r,i in enumerate(ids) if found.get(i) == (name, r)]
+        if not rows: continue
+        def chosen(key): return [segment.about[key][r] for r in rows] if key in segment.about else [None]*len(rows)
+        sets = self.read([(name, r) for r in rows])
+        yield LiveItems(chosen("ids"), chosen("owners"), chosen("texts"), segment.vectors[rows], sets)
+
 # %% ../../nbs/search/00_engines.ipynb #a9c10c84
 class ExactEngine:
     "All vectors in memory, every score computed; filled from the segments of a `SetStore`."
     def __init__(self,
-        store:SetStore, # whose segments count
+        store:SetStore, # whose segments are searched
     ):
         self.store = store
         self._forget()
 
     def _forget(self):
-        self._seen, self._place, self._owner, self._vectors = set(), {}, {}, None
+        "Begin without any segment."
+        self._seen = set() # names of the segments read
+        self._place = {} # (segment, row) of each item
+        self._owner = {} # image of each item
+        self._vectors = None
 
     def refresh(self):
-        "Take in the segments that were written since, by whomever."
+        "Read the segments that were written since the last call, by this process or another."
         names = self.store.names()
         new = [n for n in names if n not in self._seen]
         if new and self._seen and new[0] < max(self._seen): # written at the same time as one that was read before
@@ -187,114 +219,146 @@ class ExactEngine:
             for item in about.get("deleted", ()):
                 self._place.pop(item, None)
                 self._owner.pop(item, None)
-            for row,(item,owner) in enumerate(zip(about.get("ids", ()), about.get("owners", ()))): self._place[item],self._owner[item] = (name, row),owner
+            for row,(item,owner) in enumerate(zip(about.get("ids", ()), about.get("owners", ()))):
+                self._place[item] = name,row
+                self._owner[item] = owner
             self._seen.add(name)
         if new: self._vectors = None
 
-    def put(self,
-        segment:str, # a segment of the store, written before
-    ):
-        "Nothing to do: the segment is what is searched."
-
-    def settle(self): "Nothing to do."
-
-    def drop(self,
-        ids:list, # items that go
-    ):
-        "Nothing to do: the deletion's segment says it."
-
-    def owned(self,
-        owners:list, # image ids
-    )->list: # ids
-        "The items that belong to these images."
-        self.refresh()
-        wanted = set(owners)
-        return [i for i,o in self._owner.items() if o in wanted]
-
-    def find(self,
-        ids:list, # of items
-    )->dict: # id -> (segment, row), for those that are there
-        "Where items lie."
-        self.refresh()
-        return {i: self._place[i] for i in ids if i in self._place}
-
-    def ids(self)->list:
-        "All items, in the order in which they were added."
-        self.refresh()
-        return list(self._place)
-
     def __len__(self): return len(self.ids())
 
-    def _matrix(self):
-        "Vectors of all items, float32 [items, dim]."
-        self.refresh()
-        if self._vectors is None:
-            rows = {}
-            for at,(name,row) in enumerate(self._place.values()): rows.setdefault(name, []).append((at, row))
-            dim = self.store.segment(next(iter(rows))).vectors.shape[1] if rows else 0
-            self._vectors,self._ids = torch.empty(len(self._place), dim),list(self._place)
-            for name,pairs in rows.items():
-                at,row = zip(*pairs)
-                self._vectors[list(at)] = torch.from_numpy(self.store.segment(name).vectors[list(row)])
-            _check_finite(self.store.path, self._vectors)
-        return self._vectors
+# %% ../../nbs/search/00_engines.ipynb #e0cd7a8f
+@patch
+def put(self:ExactEngine,
+    segment:str, # a segment of the store, written before
+):
+    "Does nothing: the segment is what is searched."
 
-    def search(self,
-        queries:Tensor, # vectors of length 1, [queries, dim]
-        k:int, # how many
-    )->list: # for each query: (id, score, (segment, row)), best first
-        "The k best items of each query, exactly."
-        vectors = self._matrix()
-        if not len(vectors): return [[] for _ in queries]
-        scores,rows = (queries @ vectors.T).topk(min(k, len(vectors)), 1)
-        return [[(i := self._ids[r], s, self._place[i]) for s,r in zip(*o)] for o in zip(scores.tolist(), rows.tolist())]
+@patch
+def settle(self:ExactEngine):
+    "Does nothing."
+
+@patch
+def drop(self:ExactEngine,
+    ids:list, # items to delete
+):
+    "Does nothing: the deletion's segment names them."
+
+@patch
+def owned(self:ExactEngine,
+    owners:list, # image ids
+)->list: # ids
+    "The items that belong to these images."
+    self.refresh()
+    wanted = set(owners)
+    return [i for i,o in self._owner.items() if o in wanted]
+
+@patch
+def find(self:ExactEngine,
+    ids:list, # of items
+)->dict: # id -> (segment, row), for those that are there
+    "Where items lie."
+    self.refresh()
+    return {i: self._place[i] for i in ids if i in self._place}
+
+@patch
+def ids(self:ExactEngine)->list:
+    "All items, in the order in which they were added."
+    self.refresh()
+    return list(self._place)
+
+# %% ../../nbs/search/00_engines.ipynb #53d836d2
+@patch
+def _matrix(self:ExactEngine):
+    "Vectors of all items, float32 [items, dim]."
+    self.refresh()
+    if self._vectors is not None: return self._vectors
+    rows = {} # of each segment: places in the matrix, rows in the segment
+    for at,(name,row) in enumerate(self._place.values()):
+        places,own = rows.setdefault(name, ([], []))
+        places.append(at)
+        own.append(row)
+    dim = self.store.segment(next(iter(rows))).vectors.shape[1] if rows else 0
+    self._vectors,self._ids = torch.empty(len(self._place), dim),list(self._place)
+    for name,(places,own) in rows.items():
+        self._vectors[places] = torch.from_numpy(self.store.segment(name).vectors[own])
+    _check_finite(self.store.path, self._vectors)
+    return self._vectors
+
+@patch
+def search(self:ExactEngine,
+    queries:Tensor, # vectors of length 1, [queries, dim]
+    k:int, # items of each query
+)->list: # for each query: (id, score, (segment, row)), best first
+    "The k best items of each query, exactly."
+    vectors = self._matrix()
+    if not len(vectors): return [[] for _ in queries]
+    scores,rows = (queries @ vectors.T).topk(min(k, len(vectors)), 1)
+    def hit(score, row):
+        item = self._ids[row]
+        return item,score,self._place[item]
+    return [[hit(*o) for o in zip(*query)] for query in zip(scores.tolist(), rows.tolist())]
 
 # %% ../../nbs/search/00_engines.ipynb #799ab4fa
 TOKEN = "ALADIN_MILVUS_TOKEN" # environment variable with the token of a Milvus server
-_BATCH = 1000 # rows a request
+_BATCH = 1000 # rows of a request
 
-def _batches(items): return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
+def _batches(items):
+    "The items in lists of at most `_BATCH`."
+    return [list(items[at:at+_BATCH]) for at in range(0, len(items), _BATCH)]
 
-# %% ../../nbs/search/00_engines.ipynb #2a03d97c
-def _among(field, values): # pymilvus itself does not escape ids
-    "Milvus's expression for a field that has one of these values."
+def _among(field, values):
+    "Milvus's expression for a field that has one of these values, escaped as JSON."
     return f"{field} in {json.dumps(values, ensure_ascii=False)}"
 
 # %% ../../nbs/search/00_engines.ipynb #2f7e9a74
 def _milvus():
-    "pymilvus, which is optional."
+    "The module pymilvus; raises `InputError` where it is not installed."
     try: import pymilvus
-    except ImportError: raise InputError("engine", "milvus", "the package pymilvus", "not installed", "pip install 'aladin[search]', or build with the exact engine") from None
+    except ImportError:
+        fix = "pip install 'aladin[search]', or build with the exact engine"
+        raise InputError("engine", "milvus", "the package pymilvus", "not installed", fix) from None
     return pymilvus
 
 # %% ../../nbs/search/00_engines.ipynb #2f17fc66
 def _connect(pymilvus, uri):
-    "A client with a connection of its own; a server that has only just come up is tried again."
+    "A client with a connection of its own; a server that does not answer is tried four times."
+    token = os.environ.get(TOKEN, "")
     for wait in (.5, 1, 2, 0):
-        try: return pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30, dedicated=True)
+        try: return pymilvus.MilvusClient(uri, token=token, timeout=30, dedicated=True)
         except Exception as e:
-            if wait and uri.startswith("http"): time.sleep(wait)
-            else: raise InputError(uri, "Milvus", "a server that answers, or a file that no other process has open", str(e)[:200], f"check the address and the token in {TOKEN}; a file serves one process, `milvus-lite server` several") from None
+            if wait and uri.startswith("http"):
+                time.sleep(wait)
+                continue
+            expected = "a server that answers, or a file that no other process has open"
+            fix = f"check the address and the token in {TOKEN}; a file serves one process, `milvus-lite server` several"
+            raise InputError(uri, "Milvus", expected, str(e)[:200], fix) from None
 
 # %% ../../nbs/search/00_engines.ipynb #0e7019ab
 class _Client:
-    "A Milvus client; raises `InputError` for what fails at the other end."
-    def __init__(self, pymilvus, uri): self._client,self._uri,self._error = _connect(pymilvus, uri),uri,pymilvus.MilvusException
+    "A Milvus client; raises `InputError` for what fails at the server."
+    def __init__(self, pymilvus, uri):
+        self._client,self._uri,self._error = _connect(pymilvus, uri),uri,pymilvus.MilvusException
+
     def __getattr__(self, name):
         method = getattr(self._client, name)
         def call(*args, **options):
             try: return method(*args, **options)
             except self._error as e:
-                raise InputError(self._uri, f"Milvus, {name}", "an answer", " ".join(str(e).split())[:200], "see that the server runs and give the command again; what was acknowledged before is safe") from None
+                fix = "see that the server runs and give the command again; what was acknowledged before is safe"
+                found = " ".join(str(e).split())[:200]
+                raise InputError(self._uri, f"Milvus, {name}", "an answer", found, fix) from None
         return call
 
 # %% ../../nbs/search/00_engines.ipynb #34f7f453
 class MilvusEngine:
-    "Vectors in a Milvus collection: an embedded file, a server or a cluster."
+    """Vectors in a Milvus collection: an embedded file, a server or a cluster.
+
+    Raises `InputError` where pymilvus is missing, where Milvus does not answer, and for vectors of another model."""
     def __init__(self,
         store:SetStore, # where the sets of the items lie
         uri:str, # a file ending in .db, or http://host:port
-        collection:str, # its name there
+        collection:str, # its name in Milvus
         dim:int, # width of the vectors
         fingerprint:str, # of the model; kept with the collection
         approximate:bool=False, # for a new collection: search a graph (HNSW) instead of every vector
@@ -304,65 +368,94 @@ class MilvusEngine:
         self.client = _Client(pymilvus, self.uri)
         if not self.client.has_collection(collection): self._create(pymilvus.DataType, fingerprint, approximate)
         properties = self.client.describe_collection(collection)["properties"]
-        if (found := properties.get("aladin.fingerprint")) != fingerprint:
-            raise InputError(f"{self.uri}, collection {collection}", "model", f"vectors of this model ({fingerprint})", str(found), "search with the model that the index was built with, or build another index")
+        found = properties.get("aladin.fingerprint")
+        if found != fingerprint:
+            where,expected = f"{self.uri}, collection {collection}",f"vectors of this model ({fingerprint})"
+            fix = "search with the model that the index was built with, or build another index"
+            raise InputError(where, "model", expected, str(found), fix)
         self.approximate = properties.get("aladin.approximate") == "True"
         self.client.load_collection(collection)
 
-    def _create(self, types, fingerprint, approximate):
-        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("id", types.VARCHAR, is_primary=True, max_length=512)
-        schema.add_field("owner", types.VARCHAR, max_length=512)
-        schema.add_field("segment", types.VARCHAR, max_length=64)
-        schema.add_field("row", types.INT64)
-        schema.add_field("vector", types.FLOAT_VECTOR, dim=self.dim)
-        how = dict(index_type="HNSW", params=dict(M=16, efConstruction=200)) if approximate else dict(index_type="FLAT")
-        index = self.client.prepare_index_params()
-        index.add_index("vector", metric_type="IP", **how)
-        self.client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong",
-                                      properties={"aladin.fingerprint": fingerprint, "aladin.approximate": str(approximate)})
-
-    def put(self,
-        segment:str, # a segment of the store, written before
-    ):
-        "Insert or replace the items of a segment; they are acknowledged when the call returns."
-        s = self.store.segment(segment)
-        rows = [dict(id=i, owner=o, segment=segment, row=r, vector=v) for r,(i,o,v) in enumerate(zip(s.about["ids"], s.about["owners"], np.asarray(s.vectors)))]
-        for some in _batches(rows): self.client.upsert(self.collection, some)
-
-    def settle(self):
-        "After many inserts: have Milvus seal them and build what searches them fast. What was acknowledged is safe and found before."
-        self.client.flush(self.collection)
-
-    def drop(self,
-        ids:list, # items that go
-    ):
-        "Delete these items; they are gone when the call returns."
-        for some in _batches(ids): self.client.delete(self.collection, filter=_among("id", some))
-
-    def owned(self,
-        owners:list, # image ids
-    )->list: # ids
-        "The items that belong to these images."
-        return [o["id"] for some in _batches(owners) for o in self.client.query(self.collection, filter=_among("owner", some), output_fields=["id"])]
-
-    def find(self,
-        ids:list, # of items
-    )->dict: # id -> (segment, row), for those that are there
-        "Where items lie."
-        return {o["id"]: (o["segment"], o["row"]) for some in _batches(ids) for o in self.client.query(self.collection, filter=_among("id", some), output_fields=["id", "segment", "row"])}
-
-    def __len__(self): return self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
-
-    def search(self,
-        queries:Tensor, # vectors of length 1, [queries, dim]
-        k:int, # how many
-    )->list: # for each query: (id, score, (segment, row)), best first
-        "The k best items of each query; with an approximate collection a few of them may be missed."
-        params = dict(params=dict(ef=max(2*k, 128))) if self.approximate else {}
-        found = self.client.search(self.collection, data=queries.tolist(), limit=k, output_fields=["segment", "row"], search_params=params)
-        return [[(o["id"], o["distance"], (o["entity"]["segment"], o["entity"]["row"])) for o in hits] for hits in found]
+    def __len__(self):
+        return self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
 
     def close(self):
-        "Let go of the file or the connection."
+        "Close the file or the connection."
         self.client.close()
+
+# %% ../../nbs/search/00_engines.ipynb #402903a5
+@patch
+def _create(self:MilvusEngine, types, fingerprint, approximate):
+    "Make the collection and its index."
+    schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("id", types.VARCHAR, is_primary=True, max_length=512)
+    schema.add_field("owner", types.VARCHAR, max_length=512)
+    schema.add_field("segment", types.VARCHAR, max_length=64)
+    schema.add_field("row", types.INT64)
+    schema.add_field("vector", types.FLOAT_VECTOR, dim=self.dim)
+    how = dict(index_type="FLAT")
+    if approximate: how = dict(index_type="HNSW", params=dict(M=16, efConstruction=200))
+    index = self.client.prepare_index_params()
+    index.add_index("vector", metric_type="IP", **how)
+    properties = {"aladin.fingerprint": fingerprint, "aladin.approximate": str(approximate)}
+    self.client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong",
+                                  properties=properties)
+
+# %% ../../nbs/search/00_engines.ipynb #8f39491a
+@patch
+def put(self:MilvusEngine,
+    segment:str, # a segment of the store, written before
+):
+    "Insert or replace the items of a segment; they are acknowledged when the call returns."
+    s = self.store.segment(segment)
+    items = zip(s.about["ids"], s.about["owners"], np.asarray(s.vectors))
+    rows = [dict(id=i, owner=o, segment=segment, row=r, vector=v) for r,(i,o,v) in enumerate(items)]
+    for some in _batches(rows): self.client.upsert(self.collection, some)
+
+@patch
+def settle(self:MilvusEngine):
+    "After many inserts, let Milvus seal them and build its index; what was acknowledged is safe and found before."
+    self.client.flush(self.collection)
+
+@patch
+def drop(self:MilvusEngine,
+    ids:list, # items to delete
+):
+    "Delete these items; they are gone when the call returns."
+    for some in _batches(ids): self.client.delete(self.collection, filter=_among("id", some))
+
+@patch
+def _query(self:MilvusEngine, field, values, output):
+    "Some fields of the items where `field` has one of the values."
+    found = []
+    for some in _batches(values):
+        found += self.client.query(self.collection, filter=_among(field, some), output_fields=output)
+    return found
+
+@patch
+def owned(self:MilvusEngine,
+    owners:list, # image ids
+)->list: # ids
+    "The items that belong to these images."
+    return [o["id"] for o in self._query("owner", owners, ["id"])]
+
+@patch
+def find(self:MilvusEngine,
+    ids:list, # of items
+)->dict: # id -> (segment, row), for those that are there
+    "Where items lie."
+    return {o["id"]: (o["segment"], o["row"]) for o in self._query("id", ids, ["id", "segment", "row"])}
+
+# %% ../../nbs/search/00_engines.ipynb #973241c6
+@patch
+def search(self:MilvusEngine,
+    queries:Tensor, # vectors of length 1, [queries, dim]
+    k:int, # items of each query
+)->list: # for each query: (id, score, (segment, row)), best first
+    "The k best items of each query; with an approximate collection a few of them may be missed."
+    params = dict(params=dict(ef=max(2*k, 128))) if self.approximate else {}
+    fields = ["segment", "row"]
+    found = self.client.search(
+        self.collection, data=queries.tolist(), limit=k, output_fields=fields, search_params=params)
+    def hit(o): return o["id"],o["distance"],(o["entity"]["segment"], o["entity"]["row"])
+    return [[hit(o) for o in hits] for hits in found]
