@@ -1,8 +1,13 @@
-"""Package metadata: every value is read from settings.ini, the one place where it is written."""
+"""Package metadata: every value is read from settings.ini, the one place where it is written.
+
+The wheel also holds what is no Python: the experiment notebooks with their configurations, the manifests, the published figures, and the model of
+`aladin demo`. In a checkout they stand at the top level; `aladin.files.resource_dir` finds them in either place."""
 from configparser import ConfigParser
 from pathlib import Path
+from shutil import copyfile
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -10,7 +15,24 @@ parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 optional = ("slurm", "search", "export", "docs")
 
+RESOURCES = {"experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]), "manifests": ("data_manifests", ["*.yaml"]),
+             "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*"])}
+
+
+class BuildWithResources(build_py):
+    "Copies the resources into the package when a wheel is built."
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for name, (folder, patterns) in RESOURCES.items():
+            for path in sorted({p for pattern in patterns for p in (here/folder).glob(pattern) if p.is_file()}):
+                target = Path(self.build_lib)/"aladin"/"resources"/name/path.relative_to(here/folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copyfile(path, target)
+
+
 setup(
+    cmdclass={"build_py": BuildWithResources},
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],

@@ -1,7 +1,7 @@
 """Make the published figures of a data set anew from a run: python .ci/reference.py results/scenes
 
 Copies what git keeps of the run (tables, figures, executed notebooks, records) to results/reference/<data set>, in place of the runs and tables
-that are there; files of other commands, such as search.md or batches.md, stay. Refuses uncommitted changes, and runs that were made with some:
+that are there; files of other commands, such as search.md or batches.md, stay. From the scenes it also takes the model of `aladin demo`. Refuses uncommitted changes, and runs that were made with some:
 each published figure has a commit beside it that makes it again. Then run `make export`, which writes the tables of the README, and commit."""
 import argparse
 import shutil
@@ -59,9 +59,25 @@ def publish(folder):
     return target
 
 
+DEMO = "alad-alignment-and-matching-distill/seed-88"  # the run whose model comes with the package
+
+
+def publish_demo(folder):
+    "Write results/reference/demo, the model of `aladin demo` with the record of its training, from the scenes' runs."
+    run, target = folder/DEMO, Path("results")/"reference"/"demo"
+    if folder.resolve().name != "scenes" or not (run/"model").is_dir(): return None
+    with atomic_dir(root/target, overwrite=True) as part:
+        shutil.copytree(run/"model", part/"model")
+        for name in ("training.json", "metrics.json"): shutil.copyfile(run/name, part/name)
+    return target
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a data set that aladin results wrote")
-    try: target = publish(parser.parse_args().run)
+    run = parser.parse_args().run
+    try: target = publish(run)
     except InputError as e: sys.exit(str(e))
+    demo = publish_demo(run)
+    if demo: print(f"{demo} has the model of {DEMO}")
     print(f"{target} is made anew:\n{git('status', '--short', '--', str(target))}next: make export, then commit")

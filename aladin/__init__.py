@@ -8,7 +8,7 @@ _PUBLIC = {  # name -> module, and the name in it where that differs; imported w
     "AladinModel": "model.authors", "AladinProcessor": "data.processor", "SearchIndex": "search.index",
     "open_split": "data.splits", "open_images": "data.splits", "extract": "data.extract",
     "train": ("runs.stages", "train_run"), "evaluate": ("evaluation.metrics", "evaluate_model"),
-    "load_config": "model.authors_config",
+    "load_config": "model.authors_config", "demo": "search.demo",
 }
 __all__ = ["__version__", *_PUBLIC]
 

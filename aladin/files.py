@@ -485,10 +485,11 @@ def read_yaml(
     return value
 
 # %% ../nbs/00_files.ipynb #dfbd429f
-_CHECKOUT = dict(experiments="nbs/experiments", manifests="data_manifests", reference="results/reference")
+_CHECKOUT = dict(experiments="nbs/experiments", manifests="data_manifests", reference="results/reference",
+                 demo="results/reference/demo")
 
 def resource_dir(
-    name:str, # experiments, manifests or reference
+    name:str, # experiments, manifests, reference or demo
 )->Path:
     "Folder of files that come with the package. Raises `InputError` where the installation lacks it."
     package = Path(aladin.__file__).resolve().parent

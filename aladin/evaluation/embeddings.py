@@ -127,7 +127,7 @@ def fill(self:_Encoding, side, matching, sets, progress, done=0):
     "Encode the batches after the first `done` into the two tensors; yields the number of batches that are there."
     order,offsets = self.order[side],np.concatenate([[0], self.rows[side].cumsum()])
     steps = range(0, len(order), self.batch_size)
-    encode = self.model.encode_images if side == "images" else self.model.encode_captions
+    encode = self.model.encode_image_batch if side == "images" else self.model.encode_caption_batch
     with evaluating(self.model):
         batches = self._read(side, [order[at:at+self.batch_size] for at in steps[done:]])
         bar = tqdm(batches, desc=side, initial=done, total=len(steps), unit="batch", disable=not progress)
