@@ -64,13 +64,16 @@ def methods(cls):
 
 class Api:
     "The entry of one symbol: of a class its methods as well."
-    def __init__(self, symbol): self.symbol, self.name = symbol, symbol.__qualname__
+    def __init__(self, symbol):
+        self.is_property = isinstance(symbol, property)
+        self.symbol = symbol.fget if self.is_property else symbol
+        self.name = self.symbol.__qualname__
 
     def entry(self, symbol, name, level, property=False):
         call = name if property else signature(symbol, name)
         return f"{'#'*level} `{name}`\n\n```python\n{'class ' if inspect.isclass(symbol) else ''}{call}\n```\n\n{text(symbol)}\n\n{table(symbol)}"
 
     def markdown(self):
-        own = self.entry(self.symbol, self.name, 2)
+        own = self.entry(self.symbol, self.name, 2, self.is_property)
         if not inspect.isclass(self.symbol): return own
         return own + "".join(self.entry(m, f"{self.name}.{n}", 3, isinstance(vars(self.symbol)[n], property)) for n, m in methods(self.symbol))

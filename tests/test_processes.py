@@ -20,7 +20,7 @@ from aladin.data.processor import AladinProcessor
 from aladin.config import config_from_dict
 from aladin.data.splits import RetrievalSet
 from aladin.training.losses import Criterion
-from aladin.model.configuration import AladinConfig
+from aladin.model.configuration import model_config
 from aladin.model.model import AladinModel, load_model
 from aladin.training.processes import Processes
 from aladin.training.step import Step, read_share
@@ -54,7 +54,7 @@ def gradients(vocabulary, loss, rows, chunk_size, processes, device="cpu"):
     model = dict(hidden_size=16, layers=2, attention_heads=2, intermediate_size=16, dropout=0., aggregation=loss.pop("aggregation", "MrSw"))
     config = config_from_dict(dict(model=model, loss=loss | dict(weights=[1.]*len(loss["terms"])), training=dict(chunk_size=chunk_size)))
     torch.manual_seed(0)
-    model, criterion = AladinModel(AladinConfig.from_settings(config.model, config.data, 16, 12)).to(device).train(), Criterion(config.loss).to(device)
+    model, criterion = AladinModel(model_config(config.model, config.data, 16, 12)).to(device).train(), Criterion(config.loss).to(device)
     total, _ = Step(model, criterion, data, config, processes=processes)(read_share(data, processes.share(rows), chunk_size), rows)
     tensors = {n: p.grad for n, p in [*model.named_parameters(), *criterion.named_parameters()] if p.grad is not None}
     return tensors | dict(total=total[None]), processes.bytes_exchanged
