@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
-import aladin
 import pooch
 import requests
 from fastcore.basics import patch
