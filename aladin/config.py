@@ -242,7 +242,8 @@ def _model_relations(c):
 # %% ../nbs/02_config.ipynb #22c37149
 def _loss_relations(c):
     "Yield (key, expected, found) for settings of the loss that do not fit together."
-    loss, m, terms = c.loss, c.model, set(c.loss.terms)
+    loss, m = c.loss, c.model
+    terms = set(c.loss.terms)
     if not terms or len(terms) < len(loss.terms): yield "loss.terms", "one or more different terms", loss.terms
     if loss.weights != "auto" and len(loss.weights) != len(loss.terms):
         yield "loss.weights", f"{len(loss.terms)} numbers, one a term, or auto", loss.weights

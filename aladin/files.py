@@ -37,7 +37,8 @@ class InputError(ValueError):
         found:str, # what is there; long values are cut
         fix:str, # what the user can do about it
     ):
-        self.path, self.where, self.expected = str(path), _brief(where, 400), _brief(expected, 2000)
+        self.path, self.where = str(path), _brief(where, 400)
+        self.expected = _brief(expected, 2000)
         self.found, self.fix = _brief(found, 800), fix
         super().__init__(f"{path}: {self.where}: expected {self.expected}, found {self.found}. Fix: {fix}")
 

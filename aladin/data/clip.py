@@ -195,7 +195,8 @@ class ClipReader:
         progress:bool=False, # show progress bars?
     ):
         self.tokenizer, self.model = _load_clip(str(model))
-        self.cache, self.batch_size, self.progress = _writable(cache), batch_size, progress
+        self.cache, self.batch_size = _writable(cache), batch_size
+        self.progress = progress
         self.dim, projection = self.model.config.hidden_size, self.model.config.projection_dim
         if self.dim != projection:
             fix = "take a CLIP whose text width is its projection's, such as ViT-B/32"

@@ -67,6 +67,7 @@ for _package in ("numpy.core", "numpy._core"):
 class _PlainUnpickler(pickle.Unpickler):
     "Reads numbers, text, containers and NumPy arrays; raises UnpicklingError for every other name."
     def find_class(self, module, name):
+        "The object that stands for a name in a pickle. Raises UnpicklingError for a name that is not in the table."
         if (module, name) in _ADMITTED: return _ADMITTED[module, name]
         raise pickle.UnpicklingError(f"{module}.{name}, which could run code")
 
@@ -92,7 +93,8 @@ class DeticShelve(Regions):
     ):
         self.path = self._index_path = Path(path)
         self._file = _open_shelve(path)
-        self.ids, self.empty, self.dim = [], [], 0
+        self.ids, self.empty = [], []
+        self.dim = 0
         self.detections = self._read_all(progress)
         check_detections(self.detections)
         self._index = self.detections._index
@@ -139,7 +141,9 @@ def _read(self:DeticShelve, image_id):
 @patch
 def _read_all(self:DeticShelve, progress):
     "The `Detections` of all entries. Fills `ids`, `empty` and `dim` on the way."
-    counts, names, codes, rects, confidences, sizes = [], {}, [], [], [], []
+    counts, names = [], {}
+    codes, rects = [], []
+    confidences, sizes = [], []
     keys = sorted(self._file.keys(), key=lambda k: (len(k), k))
     for key in tqdm(keys, desc="Detic", unit="image", disable=not progress):
         image_id = key.decode()
@@ -285,7 +289,8 @@ class MergedRegions(Regions):
     ):
         if source not in SOURCES: raise ValueError(f"source {source!r} is not one of {', '.join(SOURCES)}")
         if merge not in ("aligned", "published"): raise ValueError(f"merge {merge!r} is not one of aligned, published")
-        self.fast, self.detic, self.source, self.merge = fast, detic, source, merge
+        self.fast, self.detic = fast, detic
+        self.source, self.merge = source, merge
         self.path = self._index_path = (fast if fast is not None else detic).path
         both = source.startswith("det+fast")
         self.ids = [i for i in ids if any(i in o for o in self._sides()) and (not both or i in fast)]
@@ -329,7 +334,9 @@ def merged(self:MergedRegions,
 @patch
 def _merged_detections(self:MergedRegions):
     "The `Detections` after the merge. Keeps the order of each image's boxes in `_merged`."
-    names, counts, codes, rects, confidences, sizes = {}, [], [], [], [], []
+    names, counts = {}, []
+    codes, rects = [], []
+    confidences, sizes = [], []
     sides = self._sides()
     for i in self.ids:
         tags, boxes, conf = (sum((list(o) for o in part), []) for part in zip(*(self._boxes(o, i) for o in sides)))

@@ -175,7 +175,8 @@ def captions_by_id(
 )->dict: # image id -> dict of captions (list) and split (or None)
     "Match captions with pictures. Raises `InputError` for an ambiguous name, and where no name matches."
     exact, loose = _caption_names(pictures, folder)
-    named, found, absent = read_caption_file(path), {}, []
+    named, found = read_caption_file(path), {}
+    absent = []
     for name, o in named.items():
         ids = exact.get(_nfc(name)) or loose.get(_nfc(name)) or ()
         if len(ids) > 1:

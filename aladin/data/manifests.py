@@ -86,7 +86,8 @@ def _manifest_path(name_or_path):
     "The path of a manifest's YAML file. Raises `InputError` for an unknown name and suggests the nearest one."
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"): return path
-    folder, names, name = resource_dir("manifests"), list_manifests(), str(name_or_path)
+    folder, names = resource_dir("manifests"), list_manifests()
+    name = str(name_or_path)
     if name in names: return folder/f"{name}.yaml"
     near = difflib.get_close_matches(name, names, 1)
     fix = f"write {near[0]!r}" if near else "choose one of these"

@@ -136,7 +136,7 @@ def _passed_lines(folder, passed):
     for kind, names in passed.items():
         shown = ", ".join(os.fsencode(o).decode("utf-8", "replace") for o in sorted(names)[:5])
         more = " ..." if len(names) > 5 else ""
-        if names: yield f"{folder}: passed over {len(names)} {_KINDS[kind]}: {shown}{more}"
+        if names: yield f"{folder}: left out {len(names)} {_KINDS[kind]}: {shown}{more}"
 
 # %% ../../nbs/data/01_pictures.ipynb #bb9a0959
 def find_pictures(
@@ -146,7 +146,8 @@ def find_pictures(
     """Find all pictures below a folder, by `picture_id`.
 
     Raises `InputError` for a folder without pictures, for two files with one id, and for an id of over 500 bytes."""
-    folder, passed, found = Path(folder), {kind: [] for kind in _KINDS}, {}
+    folder, passed = Path(folder), {kind: [] for kind in _KINDS}
+    found = {}
     paths = sorted(_walk(folder, passed)) if folder.is_dir() else []
     for line in _passed_lines(folder, passed) if report else (): report(line)
     if not paths:

@@ -110,7 +110,8 @@ class Detections:
         confidences, # float32 [detections]
         sizes, # width and height of each picture, int32 [images, 2]; 0 where unknown
     ):
-        self.path, self.ids, self.offsets, self.names = Path(path), ids, offsets, names
+        self.path, self.ids = Path(path), ids
+        self.offsets, self.names = offsets, names
         self._codes, self._rects = codes, rects
         self._confidences, self._sizes = confidences, sizes
         self._index = {o:i for i,o in enumerate(ids)}
@@ -120,12 +121,14 @@ class Detections:
     def __contains__(self, image_id): return str(image_id) in self._index
 
     def _row(self, image_id):
+        "The position of an image in `ids`. Raises `InputError` for an unknown one."
         i = self._index.get(str(image_id))
         if i is not None: return i
         raise InputError(self.path, f"image {image_id}", "a row with its detections", f"none among {len(self)} images",
                          "add the row, or leave the image out of the split")
 
     def _span(self, image_id):
+        "The slice of the detections of an image."
         i = self._row(image_id)
         return slice(self.offsets[i], self.offsets[i+1])
 
@@ -200,8 +203,11 @@ def read_detections(
     path, # predictions.tsv
 )->Detections:
     "Read every row of a detections file. Raises `InputError` naming the first malformed row."
-    path, names, ids, counts, sizes = Path(path), {}, [], [], []
-    codes, rects, confidences = array("i"), array("f"), array("f")
+    path, names = Path(path), {}
+    ids, counts = [], []
+    sizes = []
+    codes, rects = array("i"), array("f")
+    confidences = array("f")
     _need_file(path)
     rows = len(TsvFile(path)) if path.with_suffix(".lineidx").exists() else None
     with open(path, "rb") as f:
@@ -296,6 +302,7 @@ class Regions:
         raise NotImplementedError
 
     def _row(self, image_id):
+        "The row number of an image. Raises `InputError` for an unknown one."
         i = self._index.get(str(image_id))
         if i is not None: return i
         raise InputError(self._index_path, f"image {image_id}", "an image with region vectors",
@@ -358,7 +365,8 @@ class TsvRegions(Regions):
 @patch
 def _read_index(self:TsvRegions):
     "The row number of each image id. Raises `InputError` for row numbers beyond the end of features.tsv."
-    index, rows, fix = read_json(self._index_path), len(self._tsv), "write it again from features.tsv"
+    index, rows = read_json(self._index_path), len(self._tsv)
+    fix = "write it again from features.tsv"
     if not isinstance(index, dict) or not index:
         expected = "an object from image id to row number"
         raise InputError(self._index_path, "file", expected, "something else", fix)
@@ -504,7 +512,8 @@ def _read_store_info(path):
     if info.get("version") != _version:
         fix = "update aladin, or convert the source folder again"
         raise InputError(name, "version", _version, info.get("version"), fix)
-    if missing := {"dim","dtype","arrays","files"} - set(info):
+    missing = {"dim","dtype","arrays","files"} - set(info)
+    if missing:
         raise InputError(name, "keys", "dim, dtype, arrays, files", f"no {', '.join(sorted(missing))}", _again)
     for key, expected, fits in (("dim", "a number of 1 or more", type(info["dim"]) is int and info["dim"] > 0),
                                 ("dtype", "float32 or float16", info["dtype"] in ("float32", "float16")),
@@ -694,7 +703,8 @@ def region_tags(
     boxes:np.ndarray, # relative to the picture, from `region_boxes`, float32 [regions, 4]
 )->list|None: # class names
     "The tag of each region, or None where the detections do not belong to the region vectors."
-    tags, rects, size = regions.tags(image_id), regions.rects(image_id), regions.size(image_id)
+    tags, rects = regions.tags(image_id), regions.rects(image_id)
+    size = regions.size(image_id)
     if len(tags) != regions.num_regions(image_id): return None
     tags, rects = tags[:len(boxes)], rects[:len(boxes)]
     if size is None: return tags

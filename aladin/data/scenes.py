@@ -169,7 +169,8 @@ def _shape(draw, kind, xy, **style):
 def _draw_object(canvas, thing, scale):
     "Draw an object into its box on `canvas`, enlarged by `scale`."
     x1, y1, x2, y2 = (v * scale for v in thing["box"])
-    w, h, tones = x2 - x1, y2 - y1, _tones(thing["colour"])
+    w, h = x2 - x1, y2 - y1
+    tones = _tones(thing["colour"])
     pattern, draw = _pattern(thing["texture"], thing["colour"], w, h), ImageDraw.Draw(canvas)
     for tone, kind, unit in _DRAWINGS[thing["category"]][1]:
         xy = [v * (h if i % 2 else w) for i, v in enumerate(unit)]
@@ -628,6 +629,7 @@ class _Rows:
         self.index = open(folder/f"{name}.lineidx", "wb")
         self.at = 0
     def add(self, line):
+        "Write a line and note where it begins."
         self.index.write(f"{self.at}\n".encode())
         self.at += self.rows.write(line.encode() + b"\n")
     def __enter__(self): return self
@@ -659,7 +661,8 @@ def _write_layout(out, images):
 class _Again(Regions):
     "The second detector's regions of images in memory, for `write_store`."
     def __init__(self, path, images):
-        self.path, self.ids, self.dim = path, [str(i) for i in images], DETIC_DIM + 6
+        self.path, self.ids = path, [str(i) for i in images]
+        self.dim = DETIC_DIM + 6
         self._features = {str(i): s["detic"][0] for i, s in images.items()}
         boxes = [d for s in images.values() for d in s["detic"][1]]
         names = sorted(_DETIC_NAMES.values())
@@ -670,10 +673,16 @@ class _Again(Regions):
         sizes = np.full((len(self.ids), 2), PICTURE_SIZE, np.int32)
         self.detections = Detections(path, self.ids, offsets, names, codes, rects, confidences, sizes)
         self._index = self.detections._index
-    def features(self, image_id): return self._features[str(image_id)]
-    def num_regions(self, image_id): return len(self._features[str(image_id)])
+    def features(self, image_id):
+        "The region vectors of an image, float32 [regions, dim]."
+        return self._features[str(image_id)]
+    def num_regions(self, image_id):
+        "How many region vectors an image has."
+        return len(self._features[str(image_id)])
     @property
-    def fingerprint(self): return hashlib.sha256(b"".join(self._features.values())).hexdigest()[:16]
+    def fingerprint(self):
+        "A digest of all region vectors."
+        return hashlib.sha256(b"".join(self._features.values())).hexdigest()[:16]
 
 # %% ../../nbs/data/09_scenes.ipynb #7a0797f4
 def _write_picture(job):
