@@ -23,7 +23,7 @@ _AUTHORS_LOSS = {"max-violation": "max_violation", "margin": "margin", "measure"
                  "distillation-mode": "distillation", "loss-weights": "weights",
                  "activate_distillation_after": "activate_distillation_after",
                  "activate-distillation-after": "activate_distillation_after"}
-_AUTHORS_FIXED = { # values that say nothing or that name the one form we build
+_AUTHORS_FIXED = { # the value that a key must have; None: any
     "dataset": {"name": None, "data": None}, "training": {"scheduler": "steplr", "warmup-period": None},
     "model": {"name": "teran", "text-aggregation": "first", "image-aggregation": "first", "exclude-stopwords": False}}
 _AUTHORS_KEYS = {"dataset": [], "model": [*_AUTHORS_MODEL, *_AUTHORS_DEPTH, "shared-transformer"],
@@ -31,33 +31,33 @@ _AUTHORS_KEYS = {"dataset": [], "model": [*_AUTHORS_MODEL, *_AUTHORS_DEPTH, "sha
 
 # %% ../../nbs/model/00_authors_config.ipynb #2324166f
 def _authors_fixed(path, group, key, value):
-    "Refuse an unknown key of the authors' files, and a value of a variant that is not built."
+    "Raise `InputError` for an unknown key of the authors' files, and for a variant that is not built."
     known = _AUTHORS_FIXED[group]
     if key not in known:
         name = key if isinstance(key, str) else shown_value(key)
         every = [*known, *(k for keys in _AUTHORS_KEYS.values() for k in keys)]
         fix = f"did you mean {difflib.get_close_matches(name[:100], every, 1, 0)[0]}?"
         raise InputError(path, f"key {group}.{name}", "a key of the authors' configurations", "an unknown key", fix)
-    if known[key] is None or type(value) is type(known[key]) and value == known[key]: return
+    if known[key] is None or (type(value) is type(known[key]) and value == known[key]): return
     fix = "this variant of the authors' code is not built"
     raise InputError(path, f"{group}.{key}", repr(known[key]), shown_value(value), fix)
 
 # %% ../../nbs/model/00_authors_config.ipynb #14498560
 def _authors_depth(path, key, value):
-    "Depth aggregation: none, mean or gated."
+    "Depth aggregation in our names, none, mean or gated; raises `InputError` for another value."
     if value is False or value in ("mean", "gated"): return value or "none"
     fix = "choose one of these; 'transformer' crashes in the authors' code"
     raise InputError(path, f"model.{key}", "false, mean or gated", shown_value(value), fix)
 
 # %% ../../nbs/model/00_authors_config.ipynb #10c8dd80
 def _heads(width):
-    "Attention heads for a width that comes without: 64 numbers each, as in BERT, or the largest divisor up to 12."
+    "Attention heads for a width: one for each 64 numbers, as in BERT, or the largest divisor up to 12."
     if width % 64 == 0: return width//64
     return next(n for n in range(12, 0, -1) if width % n == 0)
 
 # %% ../../nbs/model/00_authors_config.ipynb #dddb7315
 def _authors_model(path, values):
-    "Our names and values of the authors' model group."
+    "The authors' model group in our names and values."
     out = {}
     for key,value in values.items():
         if key in _AUTHORS_MODEL: out[_AUTHORS_MODEL[key]] = value
@@ -65,12 +65,12 @@ def _authors_model(path, values):
         elif key == "shared-transformer": out["separate_streams"] = not check_type(path, f"model.{key}", bool, value)
         else: _authors_fixed(path, "model", key, value)
     width = out.get("hidden_size")
-    if type(width) is int and 0 < width < 2**31: out["attention_heads"] = _heads(width) # their files do not say it
+    if type(width) is int and 0 < width < 2**31: out["attention_heads"] = _heads(width)
     return out
 
 # %% ../../nbs/model/00_authors_config.ipynb #b5456a4c
 def _authors_training(path, values):
-    "Our names and values of the authors' training group: those of the loss, those of the training."
+    "The authors' training group in our names and values: a dict for the loss, a dict for the training."
     loss,training = {},{}
     for key,value in values.items():
         if key in _AUTHORS_TRAINING: training[_AUTHORS_TRAINING[key]] = value
@@ -88,12 +88,21 @@ def _authors_training(path, values):
         raise InputError(path, "training.measure", "dot or cosine", "order", fix)
     return loss,training
 
+# %% ../../nbs/model/00_authors_config.ipynb #cf5104c4
+def _authors_name(where, groups):
+    "The authors' name of one of our keys, with ours in brackets; ours alone where the file has none."
+    group,_,name = where.partition(".")
+    tables = dict(model=_AUTHORS_MODEL | _AUTHORS_DEPTH, training=_AUTHORS_TRAINING, loss=_AUTHORS_LOSS)
+    theirs = "model" if group == "model" else "training"
+    found = [f"{theirs}.{k}" for k,ours in tables.get(group, {}).items() if ours == name and k in groups[theirs]]
+    return f"{found[0]} ({where})" if found else where
+
 # %% ../../nbs/model/00_authors_config.ipynb #179aaf24
 def config_from_authors(
     values:dict, # the authors' YAML or the `config` of their checkpoint
-    path="configuration", # what to name in errors
+    path="configuration", # the file, for messages
 )->ExperimentConfig:
-    "Translate a configuration of the authors' code. Raises `InputError` by the authors' names of the keys."
+    "Translate a configuration of the authors' code; raises `InputError` naming the authors' key that does not fit."
     for group in check_mapping(path, "top level", values):
         if group in _AUTHORS_FIXED: continue
         where = f"key {group if isinstance(group, str) else shown_value(group)}"
@@ -107,20 +116,11 @@ def config_from_authors(
     except InputError as e:
         raise InputError(path, _authors_name(e.where, groups), e.expected, e.found, e.fix) from None
 
-# %% ../../nbs/model/00_authors_config.ipynb #cf5104c4
-def _authors_name(where, groups):
-    "The authors' name of one of our keys, with ours in brackets; ours alone where they have none."
-    group,_,name = where.partition(".")
-    tables = dict(model=_AUTHORS_MODEL | _AUTHORS_DEPTH, training=_AUTHORS_TRAINING, loss=_AUTHORS_LOSS)
-    theirs = "model" if group == "model" else "training"
-    found = [f"{theirs}.{k}" for k,ours in tables.get(group, {}).items() if ours == name and k in groups[theirs]]
-    return f"{found[0]} ({where})" if found else where
-
 # %% ../../nbs/model/00_authors_config.ipynb #1ccaecfc
 def load_config(
-    path, # a YAML file, ours or the authors'
+    path, # a YAML file, in this package's form or in the authors'
 )->ExperimentConfig:
-    """Read and check a configuration; the authors' form is told from ours by its hyphenated keys.
+    """Read and check a configuration, in this package's form or in the authors', which has hyphenated keys.
 
     Raises `InputError` for a file that is no YAML and for a key or value that does not fit."""
     values = read_yaml(path, "a YAML configuration")
