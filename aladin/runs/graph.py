@@ -6,59 +6,53 @@
 __all__ = ['CONFIGURATIONS', 'TEACHER', 'experiment_config', 'check_parameters', 'run_notebook', 'describe', 'end_with_parent',
            'run_stage', 'run_results', 'small_run', 'default_run']
 
-# %% ../../nbs/runs/04_graph.ipynb #274b3a7b
+# %% ../../nbs/runs/04_graph.ipynb #58be90e3
 import ctypes, difflib, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
 import aladin
 
-from ..files import (resource_dir, 
-    InputError, install, locked, part_dir, read_json, read_yaml, remove_if_stale, RunFailed, write_json)
+from ..files import (
+    InputError, install, locked, part_dir, read_json, read_yaml, remove_if_stale, resource_dir, RunFailed, write_json)
 from ..config import config_from_dict, config_to_dict, ExperimentConfig
 from ..data.scenes import write_scenes
 from ..model.authors_config import load_config
 from .reference import compare_runs, comparison_text
 from .stages import prepare_data, train_run
 
-# %% ../../nbs/runs/04_graph.ipynb #84c97817
-def _merge(values, changes):
-    "Nested dicts: `changes` over `values`."
-    inner = lambda k: values[k] if isinstance(values.get(k), dict) else {}
-    return values | {k: _merge(inner(k), v) if isinstance(v, dict) else v for k,v in changes.items()}
+# %% ../../nbs/runs/04_graph.ipynb #d33372c0
+def _named(name, kind):
+    "A YAML file, given by its path or by its name among the experiment files of a kind. Raises `InputError`."
+    if Path(name).suffix in (".yaml", ".yml"): return Path(name)
+    folder = resource_dir("experiments")/kind
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name in known: return folder/f"{name}.yaml"
+    near = difflib.get_close_matches(str(name)[:100], known, 1, 0)
+    fix = f"did you mean {near[0]}?" if near else "write a YAML file"
+    raise InputError(folder, kind, f"one of {', '.join(known)}", name, fix)
 
-def experiment_config(
-    name:str, # a configuration's name, or the path of a YAML file
-    settings:str="", # name of a data set's settings, or the path of a YAML file; empty: the configuration alone
-    seed:int|None=None, # overrides the configuration's seed
-)->ExperimentConfig:
-    "A configuration as a data set scales it; unknown names and keys are errors that say what exists."
-    path = _named(name, "configurations")
-    values = config_to_dict(load_config(path))
-    if settings:
-        source = _named(settings, "settings")
-        changes = _settings(source)
-        known = sorted({p.stem for p in (resource_dir("experiments")/"configurations").glob("*.yaml")} | {values["name"]})
-        for c in changes["configurations"]:
-            if c in known: continue
-            expected,near = f"one of {', '.join(known)}",difflib.get_close_matches(c[:100], known, 1, 0)[0]
-            raise InputError(source, f"configurations.{c}", expected, "an unknown configuration", f"did you mean {near}?")
-        values = _merge(_merge(values, changes["all"]), changes["configurations"].get(values["name"], {}))
-        path = f"{path} with {source}"
-    if seed is not None: values["seed"] = seed
-    return config_from_dict(values, path)
-
-# %% ../../nbs/runs/04_graph.ipynb #52a901b7
+# %% ../../nbs/runs/04_graph.ipynb #bb0ee288
 def _mapping(source, where, value):
-    "A mapping of a settings file, {} where nothing is said. Raises `InputError` for anything else."
+    "A mapping of a settings file; {} where the section is empty. Raises `InputError` for anything else."
     if value is None: return {}
     if isinstance(value, dict): return value
     found,fix = f"a {type(value).__name__}","write `key: value` lines"
     raise InputError(source, where, "a mapping of keys to values", found, fix)
 
-# %% ../../nbs/runs/04_graph.ipynb #8dc0e344
+# %% ../../nbs/runs/04_graph.ipynb #1db49589
+def _merge(values, changes):
+    "A copy of `values` with `changes` applied, where nested dicts are merged key by key."
+    merged = dict(values)
+    for key,change in changes.items():
+        old = values.get(key)
+        if isinstance(change, dict): change = _merge(old if isinstance(old, dict) else {}, change)
+        merged[key] = change
+    return merged
+
+# %% ../../nbs/runs/04_graph.ipynb #52623647
 def _settings(source, below=()):
-    "What a settings file says, on top of the one that it names as its base: the mappings all and configurations."
+    "The changes of a settings file, over those of its base: a dict with the mappings all and configurations."
     read = read_yaml(source, "a YAML file of settings")
     if extra := set(read) - {"base", "all", "configurations"}:
         expected,fix = "base, all or configurations","move it under one of them"
@@ -71,35 +65,57 @@ def _settings(source, below=()):
     if not isinstance(base, str) or not base.isprintable():
         raise InputError(source, "base", "the name of settings", f"a {type(base).__name__}", "correct the name")
     seen,path = (*below, source.resolve()),_named(base, "settings")
-    if path.resolve() in seen: raise InputError(source, "base", "settings that do not lead back here", base, "name other settings")
+    if path.resolve() in seen:
+        expected = "settings that do not lead back here"
+        raise InputError(source, "base", expected, base, "name other settings")
     return _merge(_settings(path, seen), changes)
 
-# %% ../../nbs/runs/04_graph.ipynb #61380540
-def _named(name, kind):
-    "A YAML file by its path or by its name among the experiment files."
-    if Path(name).suffix in (".yaml", ".yml"): return Path(name)
-    folder = resource_dir("experiments")/kind
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    if name in known: return folder/f"{name}.yaml"
-    near = difflib.get_close_matches(str(name)[:100], known, 1, 0)
-    raise InputError(folder, kind, f"one of {', '.join(known)}", name, f"did you mean {near[0]}?" if near else "write a YAML file")
+# %% ../../nbs/runs/04_graph.ipynb #11bcede1
+def _check_names(source, given, known):
+    "Raise `InputError` where settings name a configuration that does not exist."
+    for name in given:
+        if name in known: continue
+        near = difflib.get_close_matches(name[:100], known, 1, 0)[0]
+        expected,fix = f"one of {', '.join(known)}",f"did you mean {near}?"
+        raise InputError(source, f"configurations.{name}", expected, "an unknown configuration", fix)
 
-# %% ../../nbs/runs/04_graph.ipynb #eced06eb
+# %% ../../nbs/runs/04_graph.ipynb #5c031948
+def experiment_config(
+    name:str, # a configuration's name, or the path of a YAML file
+    settings:str="", # name of a data set's settings, or the path of a YAML file; empty: the configuration alone
+    seed:int|None=None, # overrides the configuration's seed
+)->ExperimentConfig:
+    "A configuration with a data set's settings applied. Raises `InputError` for unknown names, keys and values."
+    path = _named(name, "configurations")
+    values = config_to_dict(load_config(path))
+    if settings:
+        source = _named(settings, "settings")
+        changes = _settings(source)
+        names = {p.stem for p in (resource_dir("experiments")/"configurations").glob("*.yaml")}
+        _check_names(source, changes["configurations"], sorted(names | {values["name"]}))
+        values = _merge(values, changes["all"])
+        values = _merge(values, changes["configurations"].get(values["name"], {}))
+        path = f"{path} with {source}"
+    if seed is not None: values["seed"] = seed
+    return config_from_dict(values, path)
+
+# %% ../../nbs/runs/04_graph.ipynb #e85a14c7
 def check_parameters(
     notebook, # path of a notebook with a cell tagged `parameters`
-    parameters:dict, # what is going to be passed
+    parameters:dict, # name -> value, to be passed to it
 ):
-    "Refuse parameters that the notebook does not have."
+    "Raise `InputError` for parameters that the notebook does not have."
     import papermill
     known = papermill.inspect_notebook(str(notebook))
     for name in parameters:
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), 1, 0)
-            raise InputError(notebook, f"parameter {name}", f"one of {', '.join(known)}", "an unknown parameter", f"did you mean {near[0]}?" if near else "remove it")
+        if name in known: continue
+        near = difflib.get_close_matches(name, list(known), 1, 0)
+        fix = f"did you mean {near[0]}?" if near else "remove it"
+        raise InputError(notebook, f"parameter {name}", f"one of {', '.join(known)}", "an unknown parameter", fix)
 
-# %% ../../nbs/runs/04_graph.ipynb #89fefe97
+# %% ../../nbs/runs/04_graph.ipynb #ed832992
 def _with_home(folder):
-    "The environment with a HOME that can be written to: Snakemake and Jupyter keep files there."
+    "The environment variables, with a HOME below `folder` where the real one cannot be written."
     home = Path(os.path.expanduser("~"))
     if os.access(home, os.W_OK | os.X_OK): return dict(os.environ)
     own, hub = Path(folder)/".home", home/".cache"/"huggingface"
@@ -107,108 +123,179 @@ def _with_home(folder):
     kept = dict(HF_HOME=str(hub)) if hub.is_dir() and "HF_HOME" not in os.environ else {}
     return os.environ | dict(HOME=str(own.resolve())) | kept
 
-# %% ../../nbs/runs/04_graph.ipynb #2542e0da
-def run_notebook(
-    name:str, # prepare, train, evaluate, attention or report
-    folder, # where the executed notebook goes
-    parameters:dict, # for its parameters cell
-)->Path: # the executed notebook
-    "Execute an experiment notebook; an unknown parameter or a failing cell is an error."
-    import logging, nbformat, papermill
-    source,folder = resource_dir("experiments")/f"{name}.ipynb",Path(folder)
-    check_parameters(source, parameters)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ |= _with_home(folder)
-    part,target = folder/f".{name}.part.ipynb",folder/f"{name}.ipynb"
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    try: papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=50"])
-    except papermill.PapermillExecutionError as e:
-        os.replace(part, failed := folder/f"{name}.failed.ipynb")
-        raise RunFailed(f"{failed}: cell {e.exec_count} failed with {e.ename}: {e.evalue}") from None
-    notebook = nbformat.read(part, 4)
+# %% ../../nbs/runs/04_graph.ipynb #062fd732
+def _clean_notebook(path):
+    "Remove papermill's metadata and the stderr output of an executed notebook."
+    import nbformat
+    notebook = nbformat.read(path, 4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata = {k: v for k,v in cell.metadata.items() if k == "tags"}
         if "outputs" in cell: cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    nbformat.write(notebook, part)
+    nbformat.write(notebook, path)
+
+# %% ../../nbs/runs/04_graph.ipynb #d6c2eee4
+def run_notebook(
+    name:str, # prepare, train, evaluate, attention or report
+    folder, # where the executed notebook is written
+    parameters:dict, # for its parameters cell
+)->Path: # the executed notebook
+    """Execute an experiment notebook.
+
+    Raises `InputError` for an unknown parameter and `RunFailed` for a failing cell."""
+    import logging, papermill
+    source,folder = resource_dir("experiments")/f"{name}.ipynb",Path(folder)
+    check_parameters(source, parameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= _with_home(folder)
+    part,target,failed = (folder/o for o in (f".{name}.part.ipynb", f"{name}.ipynb", f"{name}.failed.ipynb"))
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    terminal = sys.stderr if sys.stderr.isatty() else None
+    try:
+        papermill.execute_notebook(str(source), str(part), parameters, kernel_name="python3", progress_bar=False,
+                                   stderr_file=terminal, extra_arguments=["--IPKernelApp.log_level=50"])
+    except papermill.PapermillExecutionError as e:
+        os.replace(part, failed)
+        raise RunFailed(f"{failed}: cell {e.exec_count} failed with {e.ename}: {e.evalue}") from None
+    _clean_notebook(part)
     os.replace(part, target)
-    (folder/f"{name}.failed.ipynb").unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
     return target
 
-# %% ../../nbs/runs/04_graph.ipynb #f6f02101
-CONFIGURATIONS = ("alad-alignment-triplet", "alad-matching-triplet-finetune", "alad-matching-distill-finetune", "alad-matching-triplet-e2e",
-                  "alad-alignment-and-matching-distill", "alad-alignment-and-matching-triplet0.1-plus-distill")
+# %% ../../nbs/runs/04_graph.ipynb #e5a5c386
+CONFIGURATIONS = (
+    "alad-alignment-triplet", "alad-matching-triplet-finetune", "alad-matching-distill-finetune",
+    "alad-matching-triplet-e2e", "alad-alignment-and-matching-distill",
+    "alad-alignment-and-matching-triplet0.1-plus-distill")
 
-TEACHER = "alad-alignment-triplet" # whose backbone the frozen students take
-_CODE = (*(f"data/{m}" for m in ("ragged", "regions", "text", "clip", "processor", "detections", "splits")), "config", "device", "model", "training",
-         *(f"evaluation/{m}" for m in ("embeddings", "scoring", "metrics"))) # modules, and packages with all of theirs
+TEACHER = "alad-alignment-triplet" # its backbone is the start of students with a frozen backbone
+
+# The code that prepares, trains and evaluates: modules, and packages with all their modules.
+_CODE = (
+    "data/ragged", "data/regions", "data/text", "data/clip", "data/processor", "data/detections", "data/splits",
+    "config", "device", "model", "training",
+    "evaluation/embeddings", "evaluation/scoring", "evaluation/metrics")
 
 def _digest(*values):
-    "A short text that changes with the values."
+    "Twelve hexadecimal digits that change with the values."
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-# %% ../../nbs/runs/04_graph.ipynb #5c58ff46
+# %% ../../nbs/runs/04_graph.ipynb #7e39f841
 def _sources(*names):
-    "Source of modules, and of packages with all their modules; names are paths inside the package."
+    "The source texts of modules, and of all modules of packages; names are paths inside this package."
     package = Path(aladin.__file__).parent
-    files = [p for name in names for p in ([package/f"{name}.py"] if not (package/name).is_dir() else sorted((package/name).glob("*.py")))]
+    files = []
+    for name in names:
+        folder = package/name
+        files += sorted(folder.glob("*.py")) if folder.is_dir() else [package/f"{name}.py"]
     return [p.read_text(encoding="utf-8") for p in files]
 
+# %% ../../nbs/runs/04_graph.ipynb #76af7ce6
 def _code_digest():
     "Digest of the code that prepares, trains and evaluates, comments included."
     return _digest(*_sources(*_CODE))
 
-# %% ../../nbs/runs/04_graph.ipynb #d2c12540
+# %% ../../nbs/runs/04_graph.ipynb #ad09f403
 def _stamps(*folders):
-    "Names, sizes and times of the source files, to notice that they were written anew."
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for f in folders if f for p in ([Path(f)] if Path(f).is_file() else sorted([*Path(f).iterdir(), *Path(f).glob("detic/*"), *Path(f).glob("clip/*")])) if p.is_file()]
+    "Name, size and time of modification of the files in source folders, to notice that they have changed."
+    stamps = []
+    for folder in folders:
+        if not folder: continue
+        path = Path(folder)
+        inside = [path] if path.is_file() else sorted([*path.iterdir(), *path.glob("detic/*"), *path.glob("clip/*")])
+        stamps += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inside if p.is_file()]
+    return stamps
 
-# %% ../../nbs/runs/04_graph.ipynb #14d5e396
-def _run(configuration, settings, seed, config):
-    "What the graph knows of a run: a frozen backbone starts from the teacher, another from the pre-training; only a run that trains the alignment head shows its attention."
-    start = f"{TEACHER}/seed-{seed}" if config.model.freeze_backbone else _pretraining(config)
-    return dict(configuration=str(configuration), settings=str(settings), seed=seed, start=start, attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
-
-# %% ../../nbs/runs/04_graph.ipynb #e2b8729c
+# %% ../../nbs/runs/04_graph.ipynb #ff4788e3
 def _pretraining(config):
-    "The name of the pre-training that a configuration starts from: the same for all that would pre-train alike."
+    "The name of the pre-training that a configuration starts from; empty where it has none."
     if not config.training.pretrain_steps: return ""
-    model = {k: v for k,v in config_to_dict(config)["model"].items() if k not in ("matching_layers", "freeze_backbone")}
-    training = {k: getattr(config.training, k) for k in ("pretrain_steps", "pretrain_lr", "pretrain_losses", "pretrain_batch", "grad_clip", "thinning")}
-    return f"pretraining-{_digest(model, config_to_dict(config)['data'], training)[:6]}/seed-{config.seed}"
+    values = config_to_dict(config)
+    model = {k: v for k,v in values["model"].items() if k not in ("matching_layers", "freeze_backbone")}
+    used = ("pretrain_steps", "pretrain_lr", "pretrain_losses", "pretrain_batch", "grad_clip", "thinning")
+    training = {k: getattr(config.training, k) for k in used}
+    return f"pretraining-{_digest(model, values['data'], training)[:6]}/seed-{config.seed}"
 
-# %% ../../nbs/runs/04_graph.ipynb #3bba614f
+# %% ../../nbs/runs/04_graph.ipynb #5b44da45
+def _run(configuration, settings, seed, config):
+    "A run as the graph describes it; only a run that trains the alignment head has attention to draw."
+    start = f"{TEACHER}/seed-{seed}" if config.model.freeze_backbone else _pretraining(config)
+    return dict(configuration=str(configuration), settings=str(settings), seed=seed, start=start,
+                attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
+
+# %% ../../nbs/runs/04_graph.ipynb #edab3d40
 def _check_name(name):
-    "The name of a data set is a folder of the results."
-    if not name or name in (".", "..", "reference") or "/" in name or name.startswith(".") or len(os.fsencode(name)) > 200:
-        raise InputError("results", "name", "the name of a folder, other than reference, which holds the published figures", repr(name), "choose another with --name")
+    "Raise `InputError` for a name that cannot be a folder of the results."
+    reserved = not name or name in (".", "..", "reference")
+    if not reserved and "/" not in name and not name.startswith(".") and len(os.fsencode(name)) <= 200: return
+    expected = "the name of a folder, other than reference, which holds the published figures"
+    raise InputError("results", "name", expected, repr(name), "choose another with --name")
 
-# %% ../../nbs/runs/04_graph.ipynb #dfb2eff3
+# %% ../../nbs/runs/04_graph.ipynb #8c228293
+def _check_sources(seeds, **paths):
+    "Raise `InputError` for no seeds, and for paths that do not exist."
+    if seeds < 1: raise InputError("results", "seeds", "1 or more", str(seeds), "give the number of seeds")
+    for what,path in paths.items():
+        if path and not Path(path).exists():
+            raise InputError(path, what, "a folder or file", "nothing there", "check the path")
+
+# %% ../../nbs/runs/04_graph.ipynb #68882793
+def _default_settings(name, size):
+    "The settings of a data set: tiny by its size, those of its own name if there are some, else default."
+    if size == "tiny": return "tiny"
+    own = resource_dir("experiments")/"settings"/f"{name}.yaml"
+    return name if own.exists() else "default"
+
+# %% ../../nbs/runs/04_graph.ipynb #548a8b7c
+def _prepare_stage(data, features, size, vocabulary):
+    "Parameters and digest of the stage that prepares the data."
+    paths = dict(data=data, features=features, vocabulary=vocabulary)
+    values = {k: str(v or "") for k,v in paths.items()} | dict(size=size, seed=0)
+    code = _sources("data/scenes", "data/detections", "data/clip") if data is None else [] # these draw the scenes
+    return dict(parameters=values, digest=_digest(values, _stamps(data, features, vocabulary), *code))
+
+# %% ../../nbs/runs/04_graph.ipynb #fb4b28b2
+def _with_starts(graph, settings):
+    "The graph with the teachers that its students need and with each pre-training once."
+    runs = graph["runs"]
+    teachers = {r["start"] for r in runs.values() if r["start"].startswith(f"{TEACHER}/")}
+    for run in teachers - set(runs):
+        seed = int(run.rsplit("-", 1)[1])
+        runs[run] = _run(TEACHER, settings, seed, experiment_config(TEACHER, settings, seed))
+    pretraining = {}
+    for r in runs.values():
+        if not r["start"].startswith("pretraining-"): continue
+        parameters = {k: r[k] for k in ("configuration", "settings", "seed")}
+        pretraining[r["start"]] = dict(parameters=parameters, digest=_digest(_code_digest()))
+    return graph | dict(runs=dict(sorted(runs.items())), pretraining=pretraining)
+
+# %% ../../nbs/runs/04_graph.ipynb #af9a6c3a
 def describe(
     out="results", # where results/<name> is written
-    data=None, # a COCO-IR folder; none: the embedded scenes
+    data=None, # a COCO-IR folder; None: the embedded scenes
     features=None, # folder with the regions; `data` when not given
-    name=None, # of the data set; the folder's name when not given
-    size:str="full", # full, or tiny: only shows that everything runs
+    name=None, # name of the data set; the folder's name when not given
+    size:str="full", # full, or tiny, which only shows that everything runs
     seed:int|None=None, # the first seed; each configuration's own when not given
-    seeds:int=1, # how many seeds, counted up from the first
+    seeds:int=1, # number of seeds, counted up from the first
     settings=None, # settings file; by the data set's name when there is one, else default
     vocabulary=None, # a vocab.txt
     pictures=None, # folder with the pictures, for the attention figures
     configurations=CONFIGURATIONS, # names or YAML files
-    threads:int=1, # processor threads a run may use
-)->dict: # name, cwd, folder, threads, pictures, prepare, pretraining, runs; paths are as seen from cwd
-    "The study: every run with its parameters, its teacher and a digest of what it depends on; raises `InputError` for bad names, keys and values."
-    if seeds < 1: raise InputError("results", "seeds", "1 or more", str(seeds), "give the number of seeds")
-    for path,what in ((data, "data"), (features, "features"), (vocabulary, "vocabulary"), (pictures, "pictures")):
-        if path and not Path(path).exists(): raise InputError(path, what, "a folder or file", "nothing there", "check the path")
-    name = name or (("scenes" if size == "full" else f"scenes-{size}") if data is None else Path(data).resolve().name)
+    threads:int=1, # CPU threads a run may use
+)->dict: # name, cwd, folder, threads, pictures, prepare, pretraining, runs; paths are relative to cwd
+    """The study: every run with its parameters, its start and a digest of what it depends on.
+
+    Raises `InputError` for bad names, keys and values."""
+    _check_sources(seeds, data=data, features=features, vocabulary=vocabulary, pictures=pictures)
+    if not name and data is None: name = "scenes" if size == "full" else f"scenes-{size}"
+    name = name or Path(data).resolve().name
     _check_name(name)
-    settings = settings or ("tiny" if size == "tiny" else name if (resource_dir("experiments")/"settings"/f"{name}.yaml").exists() else "default")
+    settings = settings or _default_settings(name, size)
     folder = Path(out)/name
-    source = dict(data=str(data or ""), features=str(features or ""), size=size, seed=0, vocabulary=str(vocabulary or ""))
-    graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads, pictures=str(pictures or data or folder/"scenes"),
-                 prepare=dict(parameters=source, digest=_digest(source, _stamps(data, features, vocabulary), *(_sources("data/scenes", "data/detections", "data/clip") if data is None else []))), runs={})
+    graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads,
+                 pictures=str(pictures or data or folder/"scenes"),
+                 prepare=_prepare_stage(data, features, size, vocabulary), runs={})
     for configuration in configurations:
         first = experiment_config(configuration, settings, seed)
         for number in range(first.seed, first.seed+seeds):
@@ -216,57 +303,56 @@ def describe(
             graph["runs"][f"{config.name}/seed-{number}"] = _run(configuration, settings, number, config)
     return _with_starts(graph, settings)
 
-# %% ../../nbs/runs/04_graph.ipynb #127e4073
-def _with_starts(graph, settings):
-    "The teachers that some student needs, also when nobody asked for them by name, and every pre-training once."
-    runs = graph["runs"]
-    for run in {r["start"] for r in runs.values() if r["start"].startswith(f"{TEACHER}/")} - set(runs):
-        seed = int(run.rsplit("-", 1)[1])
-        runs[run] = _run(TEACHER, settings, seed, experiment_config(TEACHER, settings, seed))
-    pretraining = {r["start"]: dict(parameters={k: r[k] for k in ("configuration", "settings", "seed")}, digest=_digest(_code_digest())) for r in runs.values() if r["start"].startswith("pretraining-")}
-    return graph | dict(runs=dict(sorted(runs.items())), pretraining=pretraining)
-
-# %% ../../nbs/runs/04_graph.ipynb #becf7836
-_DONE = dict(prepare="data/prepared.json", pretrain="pretraining.json", train="training.json", evaluate="metrics.json", attention="attention.ipynb", report="table.md") # what each stage moves last
+# %% ../../nbs/runs/04_graph.ipynb #a38709b6
+# The file of each stage that is moved last and marks it as done.
+_DONE = dict(prepare="data/prepared.json", pretrain="pretraining.json", train="training.json",
+             evaluate="metrics.json", attention="attention.ipynb", report="table.md")
 
 def end_with_parent(
-    how=signal.SIGTERM, # the signal that ends it
+    how=signal.SIGTERM, # the signal that ends this process
     parent:int=0, # process id of the parent, which may have ended already; 0: not checked
 ):
-    "Ask Linux to end this process when its parent ends; elsewhere nothing."
+    "Ask Linux to end this process when its parent ends, also by kill -9; does nothing on other systems."
     if sys.platform != "linux": return
-    ctypes.CDLL(None).prctl(1, how) # PR_SET_PDEATHSIG
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, how)
     if parent and os.getppid() != parent: os.kill(os.getpid(), how)
 
-# %% ../../nbs/runs/04_graph.ipynb #be615a5a
+# %% ../../nbs/runs/04_graph.ipynb #0f5ea1b3
+def _checkpoints(graph, run):
+    "The folder of a training's checkpoints; another one where anything that it depends on has changed."
+    folder,start = Path(graph["folder"]),graph["runs"][run]["start"]
+    made = [folder/start/name for name in ("pretraining.json", "training.json")] if start else []
+    begins = [read_json(o)["made by"] for o in made if o.exists()]
+    return folder/run/f"checkpoints-{_digest(graph['runs'][run]['digest'], graph['prepare']['digest'], begins)}"
+
+# %% ../../nbs/runs/04_graph.ipynb #4d691fb2
 def _parameters(graph, stage, run, part):
-    "What a stage's notebook is told."
+    "The parameters of a stage's notebook, which writes to `part`."
     folder = Path(graph["folder"])
     data = str(folder/"data")
     if stage == "prepare": return graph["prepare"]["parameters"] | dict(out=str(part))
     if stage == "report": return dict(folder=str(folder), out=str(part), runs=list(graph["runs"]))
     if stage == "pretrain": return graph["pretraining"][run]["parameters"] | dict(data=data, run=str(part))
-    r = graph["runs"][run]
-    if stage == "train": return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"], teacher=str(folder/r["start"]/"model") if r["start"] else "", checkpoints=str(_checkpoints(graph, run)))
     if stage == "evaluate": return dict(run=str(folder/run), data=data, name=graph["name"], out=str(part))
-    return dict(run=str(folder/run), data=data, pictures=graph["pictures"], out=str(part))
+    if stage == "attention": return dict(run=str(folder/run), data=data, pictures=graph["pictures"], out=str(part))
+    r = graph["runs"][run]
+    teacher = str(folder/r["start"]/"model") if r["start"] else ""
+    return dict(configuration=r["configuration"], settings=r["settings"], data=data, run=str(part), seed=r["seed"],
+                teacher=teacher, checkpoints=str(_checkpoints(graph, run)))
 
-# %% ../../nbs/runs/04_graph.ipynb #843b43c9
-def _checkpoints(graph, run):
-    "Where a training keeps what it goes on from after a kill: under another name where anything it depends on is another."
-    folder,start = Path(graph["folder"]),graph["runs"][run]["start"]
-    begins = [read_json(o)["made by"] for o in (folder/start/"pretraining.json", folder/start/"training.json") if start and o.exists()]
-    return folder/run/f"checkpoints-{_digest(graph['runs'][run]['digest'], graph['prepare']['digest'], begins)}"
-
-# %% ../../nbs/runs/04_graph.ipynb #a5a4f471
+# %% ../../nbs/runs/04_graph.ipynb #6fd2a829
 def run_stage(
     graph:dict, # from `describe`
     stage:str, # prepare, pretrain, train, evaluate, attention or report
     run:str="", # a key of the graph's pretraining or runs, for their stages
-    say=print, # where progress is told
-)->Path: # the file that tells that the stage is done
-    "Execute a stage's notebook and move what it made to its place, all or nothing; raises `RunFailed` naming the failed notebook."
-    folder, start, what = Path(graph["folder"])/run, time.perf_counter(), f"{run or graph['name']}: {stage}"
+    say=print, # function that gets a line of text for each step
+)->Path: # the file that marks the stage as done
+    """Execute a stage's notebook and move what it made to its place, all or nothing.
+
+    Raises `RunFailed` naming the failed notebook."""
+    folder, start = Path(graph["folder"])/run, time.perf_counter()
+    what = f"{run or graph['name']}: {stage}"
     failed = folder/f"{stage}.failed.ipynb"
     say(f"{what} ...")
     with part_dir(folder/stage) as part:
@@ -280,81 +366,101 @@ def run_stage(
     say(f"{what} done in {time.perf_counter()-start:.0f} s")
     return folder/_DONE[stage]
 
-# %% ../../nbs/runs/04_graph.ipynb #d1e5c622
-# Said in the new process and not between fork and exec, where threads of others (gRPC's) may have left a lock closed.
+# %% ../../nbs/runs/04_graph.ipynb #ed520868
 _LAUNCH = """import os, signal, sys
 from aladin.runs.graph import end_with_parent
 how = int(sys.argv[1])
-if how == signal.SIGINT: signal.signal(how, signal.SIG_DFL) # a shell's & had it ignored
+if how == signal.SIGINT: signal.signal(how, signal.SIG_DFL) # a shell ignores it for processes started with &
 end_with_parent(how, int(sys.argv[2]))
 os.execv(sys.executable, [sys.executable, "-m", "snakemake", *sys.argv[3:]])"""
 
-def _snakemake(graph, jobs, *options, profile=None, lock=None, output=None):
-    """Run Snakemake on the study; its exit status. It ends with this process: it is killed, or with a profile interrupted, to cancel its jobs.
-
-    Until it has ended it holds the `lock` too."""
+def _command(graph, jobs, options, profile):
+    "The command line of Snakemake. With a profile it is interrupted with its parent, to cancel jobs, else killed."
     folder = Path(graph["folder"]).resolve()
-    command = [sys.executable, "-c", _LAUNCH, int(signal.SIGINT if profile else signal.SIGKILL), os.getpid(), "--snakefile", resource_dir("experiments")/"Snakefile", "--directory", folder, "--configfile", folder/"graph.json", *options]
-    command += [*(["--profile", profile] if profile else []), *(["--jobs" if profile else "--cores", jobs] if jobs else [])]
+    how = signal.SIGINT if profile else signal.SIGKILL
+    command = [sys.executable, "-c", _LAUNCH, int(how), os.getpid(),
+               "--snakefile", resource_dir("experiments")/"Snakefile",
+               "--directory", folder, "--configfile", folder/"graph.json", *options]
+    if profile: command += ["--profile", profile]
+    if jobs: command += ["--jobs" if profile else "--cores", jobs]
+    return [str(o) for o in command]
+
+# %% ../../nbs/runs/04_graph.ipynb #2563a23e
+def _snakemake(graph, jobs, *options, profile=None, lock=None, output=None):
+    "Run Snakemake on the study and return its exit status; it inherits the `lock` and holds it until it ends."
+    environment = _with_home(Path(graph["folder"]).resolve())
     inherited = (lock.handle,) if lock else ()
-    process = subprocess.Popen([str(o) for o in command], env=_with_home(folder), pass_fds=inherited, stdout=output, stderr=output)
+    process = subprocess.Popen(_command(graph, jobs, options, profile), env=environment, pass_fds=inherited,
+                               stdout=output, stderr=output)
     try: return process.wait()
-    except KeyboardInterrupt: # which it got too
+    except KeyboardInterrupt: # Snakemake has received it as well
         if not profile: process.kill()
         process.wait()
         raise
 
-# %% ../../nbs/runs/04_graph.ipynb #8ca211a0
+# %% ../../nbs/runs/04_graph.ipynb #bae4a5ee
 def _on_gpu():
-    "Whether runs will compute on this machine's GPU, as `default_device` will find there, told without importing torch: they then come one after another."
-    device = os.environ.get("ALADIN_DEVICE") or ("cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not list(Path("/dev").glob("nvidia[0-9]*")) else "cuda")
-    return not device.startswith("cpu")
+    "Whether runs on this machine will use a GPU, as `default_device` decides, without initialising CUDA."
+    asked = os.environ.get("ALADIN_DEVICE")
+    if asked: return not asked.startswith("cpu")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
-# %% ../../nbs/runs/04_graph.ipynb #9bef8608
+# %% ../../nbs/runs/04_graph.ipynb #ba200ef5
 def _why_not(graph, lock):
-    "What Snakemake says where it ends before the first stage."
+    "The last lines that Snakemake prints in a dry run, where it ends before the first stage."
     with tempfile.TemporaryFile() as said:
         _snakemake(graph, 1, "--dry-run", "--nocolor", lock=lock, output=said)
         said.seek(0)
-        lines = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        text = said.read().decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[-8:])[-800:] or "it said nothing"
 
-# %% ../../nbs/runs/04_graph.ipynb #cf5c824e
+# %% ../../nbs/runs/04_graph.ipynb #3f09a922
 def _unlock(graph, folder, lock):
-    "Take away the lock that the Snakemake of a killed call left. One that nobody here left is refused."
+    "Remove the Snakemake lock of a killed call. Raises `InputError` for a lock of any other origin."
     locks = folder/".snakemake"/"locks"
     if not any(locks.glob("*")): return
     if not lock.left:
-        raise InputError(locks, "lock", "no Snakemake at work in this folder", "its lock", "wait until it has ended; if none is running, remove these files")
+        fix = "wait until it has ended; if none is running, remove these files"
+        raise InputError(locks, "lock", "no Snakemake at work in this folder", "its lock", fix)
     _snakemake(graph, 1, "--unlock", "--quiet", "all")
 
-# %% ../../nbs/runs/04_graph.ipynb #00eb9a41
+# %% ../../nbs/runs/04_graph.ipynb #6a19b5f4
 def _run_graph(graph, folder, lock, jobs, force, profile):
-    "Have Snakemake make what is missing or out of date."
-    jobs = jobs or (None if profile else os.cpu_count() or 1)
+    "Let Snakemake make what is missing or out of date. Raises `RunFailed` naming the notebooks that failed."
+    if not jobs and not profile: jobs = os.cpu_count() or 1
     options = ["--rerun-incomplete", "--keep-going", "--scheduler", "greedy", "--quiet", "all", "--nocolor"]
     if force: options.append("--forceall")
     if not profile and _on_gpu(): options += ["--resources", "gpu_runs=1"]
     status = _snakemake(graph, jobs, *options, profile=profile, lock=lock)
     for part in folder.rglob(".*.part"): remove_if_stale(part)
     if not status: return
+    name = graph["name"]
     failed = sorted(str(Path(graph["folder"])/p.relative_to(folder)) for p in folder.rglob("*.failed.ipynb"))
-    if not failed: raise RunFailed(f"{graph['name']}: Snakemake ended with status {status}: {_why_not(graph, lock)}. Its log is in {folder/'.snakemake'/'log'}")
-    raise RunFailed(f"{graph['name']}: {len(failed)} failed, all that does not depend on them is done; see {', '.join(failed)}")
+    if failed:
+        done = "all that does not depend on them is done"
+        raise RunFailed(f"{name}: {len(failed)} failed, {done}; see {', '.join(failed)}")
+    why,log = _why_not(graph, lock),folder/".snakemake"/"log"
+    raise RunFailed(f"{name}: Snakemake ended with status {status}: {why}. Its log is in {log}")
 
-# %% ../../nbs/runs/04_graph.ipynb #18439aec
+# %% ../../nbs/runs/04_graph.ipynb #355ec4a3
 def run_results(
     out="results", # where results/<name> is written
-    jobs:int|None=None, # processor cores to use, one for each thread of a run; all when not given. With a profile: jobs at a time, as it says when not given
+    jobs:int|None=None, # CPU cores to use, all when not given; with a profile: jobs at a time, its own when not given
     force:bool=False, # make everything again
     profile=None, # a Snakemake profile: nbs/experiments/profiles/slurm sends the runs to a cluster
-    say=print, # where progress is told
+    say=print, # function that gets a line of text for each step
     **study, # see `describe`
 ): # the results table, a DataFrame
-    "Prepare, train, evaluate, show and report every configuration; what is there and up to date is kept. Raises `RunFailed` naming the runs that failed."
+    """Prepare, train, evaluate, show and report every configuration; what is there and up to date is kept.
+
+    Raises `RunFailed` naming the runs that failed."""
     graph, start = describe(out, **study), time.perf_counter()
     folder = Path(graph["folder"]).resolve()
-    if profile and not Path(profile).exists(): raise InputError(profile, "profile", "a folder with config.yaml", "nothing there", "take nbs/experiments/profiles/slurm")
+    if profile and not Path(profile).exists():
+        fix = "take nbs/experiments/profiles/slurm"
+        raise InputError(profile, "profile", "a folder with config.yaml", "nothing there", fix)
     with locked(folder/".lock", f"writing to {graph['folder']}") as lock:
         _unlock(graph, folder, lock)
         write_json(folder/"graph.json", graph)
@@ -364,15 +470,15 @@ def run_results(
     import pandas as pd
     return pd.read_csv(folder/"table.csv")
 
-# %% ../../nbs/runs/04_graph.ipynb #d3b341c6
+# %% ../../nbs/runs/04_graph.ipynb #b0ccb4c9
 def small_run(
     out="runs/explorer", # folder to make, with data/, scenes/ and the run
-    images:tuple=(800, 100, 300), # of train, minival and test
-    pretrain_steps:int=300, # of the alignment head and the backbone
-    steps:int=200, # of both heads
+    images:tuple=(800, 100, 300), # number of training, minival (validation) and test images
+    pretrain_steps:int=300, # steps of pre-training
+    steps:int=200, # steps of training, both heads together
     progress:bool=True, # show progress bars
 )->Path: # the run folder, for `open_explorer`
-    "Make scenes and train a small model on them, once."
+    "Draw scenes and train a small model on them, once."
     out,configuration = Path(out),"alad-alignment-and-matching-distill"
     config = experiment_config(configuration, "scenes")
     run = out/configuration/f"seed-{config.seed}"
@@ -383,13 +489,15 @@ def small_run(
     if not (run/"training.json").exists(): train_run(config, out/"data", run, progress=progress, resume="auto")
     return run
 
-# %% ../../nbs/runs/04_graph.ipynb #6c3025e0
+# %% ../../nbs/runs/04_graph.ipynb #9851f083
 def default_run(
     results="results", # folder of the results
     out="runs/explorer", # where a small run is made when there is no model
-    say=print, # where it is told what is going on
+    say=print, # function that gets a line of text before a small run is made
 )->Path: # a run folder, for `open_explorer`
-    "The run to explore when none is named: of the scenes, with both heads; a small one, made now, where `make results` has not been run."
+    "The run to explore when none is named: one of the scenes with both heads, or a small run that is made now."
     found = sorted(p.parent for p in Path(results).glob("scenes/alad-alignment-and-matching-*/seed-*/model"))
-    if not found: say(f"No trained model in {results}/scenes yet: making a small one in {out}, a minute or two. `make results` trains the real ones.")
-    return found[0] if found else small_run(out)
+    if found: return found[0]
+    say(f"No trained model in {results}/scenes yet: making a small one in {out}, a minute or two. "
+        "`make results` trains the real ones.")
+    return small_run(out)
