@@ -10,7 +10,6 @@ import hashlib, json, os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write, describe_format, InputError, locked, read_json, reserve, sync, write_json
 from ..device import evaluating, hash_weights
-from ..config import Aggregation
+from ..config import Aggregation, allowed_values
 from ..data.ragged import Ragged, read_ahead, READERS
 from ..data.splits import RetrievalSet
 from ..model.model import AladinModel
@@ -294,7 +293,7 @@ def load_embeddings(
     Raises `InputError` for a file that is missing, cut off, of another kind or does not fit together."""
     meta,t = _read_tensors(path)
     _read_meta(path, meta, "format", _FORMAT, (_FORMAT,))
-    how = dict(aggregation=_read_meta(path, meta, "aggregation", "MrSw", get_args(Aggregation)),
+    how = dict(aggregation=_read_meta(path, meta, "aggregation", "MrSw", allowed_values(Aggregation)),
                clamp=_read_meta(path, meta, "clamp", "always", ("always", "never")))
     _check_integers(path, t, "image_ids", len(t["image_matching"]))
     ids = _read_ids(path, meta, t)

@@ -22,7 +22,7 @@ from ..config import ExperimentConfig
 from ..data.ragged import Ragged, read_ahead, READERS, send
 from ..data.splits import ImageBatch, RetrievalSet
 from ..model.model import AladinModel, Encoded
-from .losses import Criterion
+from .losses import Criterion, heads_read
 from .processes import Processes
 from .frozen import FrozenStates
 
@@ -116,7 +116,8 @@ def read_epoch(
 # %% ../../nbs/training/03_step.ipynb #545f14e0
 def _needs(terms):
     "Which heads the loss terms read."
-    return dict(matching=set(terms) != {"alignment"}, alignment=bool({"alignment", "distillation"} & set(terms)))
+    heads = heads_read(terms)
+    return dict(matching="matching" in heads, alignment="alignment" in heads)
 
 # %% ../../nbs/training/03_step.ipynb #87a03ce0
 def autocasting(
