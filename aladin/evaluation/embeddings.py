@@ -98,7 +98,10 @@ class _Encoding:
             expected = f"{c.region_dim}, as the model was trained with"
             fix = "use the features of the model's data set"
             raise InputError("regions", "feature width", expected, str(data.regions.dim), fix)
-        self.model,self.data,self.batch_size,self.autocast = model,data,batch_size,autocast
+        self.model = model
+        self.data = data
+        self.batch_size = batch_size
+        self.autocast = autocast
         self.device = next(model.parameters()).device
         regions,tokens = data.region_counts,data.caption_lengths
         self.rows = dict(images=np.maximum(regions - c.drop_first_region, 0),
@@ -208,7 +211,8 @@ def _read_tensors(path):
         found = describe_format(path)
         if found in ("safetensors", "binary data"): found = e
         raise _damaged(path, "file", "a whole safetensors file", found) from None
-    if absent := [n for n in _TENSORS if n not in tensors]:
+    absent = [n for n in _TENSORS if n not in tensors]
+    if absent:
         raise _damaged(path, f"tensor {absent[0]}", "the tensors of an embedding file", f"only {sorted(tensors)}")
     for name,dimensions in _TENSORS.items():
         if tensors[name].ndim != dimensions:

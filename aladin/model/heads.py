@@ -93,6 +93,7 @@ class _Best(torch.autograd.Function):
         lengths, # rows of each set, ascending, int64 [sets], on the CPU
         floor, # True for sets whose cosines below 0 become 0, bool [sets]
     ): # [sets, queries]
+        "The best cosines; keeps the row of each, and which of them have no gradient."
         remember = any(ctx.needs_input_grad)
         best = rows.new_zeros(len(lengths), len(queries))
         best_row = torch.zeros(best.shape, dtype=torch.int64, device=rows.device) if remember else None
@@ -111,6 +112,7 @@ class _Best(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        "Sums of the best rows for each query, and of the queries for each row, weighted by the gradient."
         rows,queries,best_row,constant = ctx.saved_tensors
         if not rows.numel() or not queries.numel(): return torch.zeros_like(rows), torch.zeros_like(queries), None, None
         gradient = gradient.masked_fill(constant, 0)

@@ -128,7 +128,9 @@ class DistillationLoss(nn.Module):
         super().__init__()
         modes = ("listnet", "mse", "ordinal", "contrastive")
         if mode not in modes: raise ValueError(f"distillation mode {mode!r} is not one of {', '.join(modes)}")
-        self.mode,self.temperature,self.teacher_scale = mode,temperature,teacher_scale
+        self.mode = mode
+        self.temperature = temperature
+        self.teacher_scale = teacher_scale
         if mode == "mse": self.wb = nn.Parameter(torch.tensor([0.5, 0.5]))
 
     def forward(self, teacher:Tensor, student:Tensor)->Tensor: # scalar
@@ -214,7 +216,9 @@ class Criterion(nn.Module):
         depth:tuple=(), # hidden states of the images' and of the captions' layers, for hidden_l1
     )->tuple: # total (scalar), dict of each term's loss
         "The total and its terms; `figures` then has the fraction of violating negatives and InfoNCE's scales."
-        s,losses,self.figures = self.settings,{},{}
+        s = self.settings
+        losses = {}
+        self.figures = {}
         matching = None if images is None else similarity(images, captions, s.measure)
         hardest = s.max_violation and step >= s.all_negatives_steps
         ignore = None if s.allow_siblings else siblings
