@@ -16,7 +16,7 @@ cfg = parser["DEFAULT"]
 optional = ("slurm", "search", "export", "docs")
 
 RESOURCES = {"experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]), "manifests": ("data_manifests", ["*.yaml"]),
-             "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*"])}
+             "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*.json", "model/*"])}
 
 
 class BuildWithResources(build_py):

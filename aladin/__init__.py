@@ -5,7 +5,7 @@ import importlib
 from . import auto
 
 _PUBLIC = {  # name -> module, and the name in it where that differs; imported when first used
-    "AladinModel": "model.authors", "AladinProcessor": "data.processor", "SearchIndex": "search.index",
+    "AladinModel": "model.card", "AladinProcessor": "data.processor", "SearchIndex": "search.index",
     "open_split": "data.splits", "open_images": "data.splits", "extract": "data.extract",
     "train": ("runs.stages", "train_run"), "evaluate": ("evaluation.metrics", "evaluate_model"),
     "load_config": "model.authors_config", "demo": "search.demo",

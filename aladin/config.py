@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Aggregation', 'Clamp', 'Term', 'Task', 'Depth', 'INPUT_SETTINGS', 'number', 'ModelSettings', 'DataSettings',
-           'LossSettings', 'TrainingSettings', 'ExperimentConfig', 'shown_value', 'check_type', 'check_mapping',
-           'check_folder_name', 'config_from_dict', 'config_to_dict', 'input_settings']
+           'LossSettings', 'TrainingSettings', 'ExperimentConfig', 'shown_value', 'add_value', 'allowed_values',
+           'check_type', 'check_mapping', 'check_folder_name', 'config_from_dict', 'config_to_dict', 'input_settings']
 
 # %% ../nbs/02_config.ipynb #25bd7ed0
 import difflib, math, operator
@@ -141,6 +141,22 @@ def shown_value(
     if isinstance(value, int) and value.bit_length() > 64: return f"a number of {value.bit_length()} bits"
     return repr(value)
 
+# %% ../nbs/02_config.ipynb #73025b6e
+_ADDED = {} # Literal -> names that were registered
+
+def add_value(
+    hint, # a Literal, such as `Term`
+    value:str, # one more value that it allows
+):
+    "Allow one more value of a setting, until the process ends."
+    if value not in get_args(hint): _ADDED.setdefault(hint, {})[value] = True
+
+def allowed_values(
+    hint, # a Literal
+)->tuple: # its values and those that were added
+    "Every value that a setting of this type may have."
+    return (*get_args(hint), *_ADDED.get(hint, ()))
+
 # %% ../nbs/02_config.ipynb #4adb52e4
 def check_type(
     path, # the file, for messages
@@ -152,8 +168,8 @@ def check_type(
     if get_origin(hint) is list and isinstance(value, list):
         return [check_type(path, key, get_args(hint)[0], o) for o in value]
     if get_origin(hint) is Literal:
-        if isinstance(value, str) and value in get_args(hint): return value
-        expected = "one of " + ", ".join(map(str, get_args(hint)))
+        if isinstance(value, str) and value in allowed_values(hint): return value
+        expected = "one of " + ", ".join(map(str, allowed_values(hint)))
     elif hint is float and type(value) in (int, float) and abs(value) < 2**64: return float(value)
     elif hint is not float and type(value) is hint and (hint is not str or value.isprintable()): return value
     else: expected = _expected(hint, value)

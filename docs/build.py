@@ -30,6 +30,7 @@ def staged(path):
     if name in ("nbs/experiments/configurations", "nbs/experiments/settings"): return "experiments/configurations.md"
     if re.fullmatch(r"results(/[\w.-]+)?", name): return f"{name}/index.md"
     if name == "data_manifests": return "reference/manifests.md"
+    if name == "nbs/tutorials": return "tutorials/index.md"
     if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"): return f"reference/{page.name}"
     path = root/name
     if path in MODULES.values(): return module_page(path)
@@ -109,7 +110,7 @@ def stage_reference(stage):
     (out/"manifests.md").write_text(manifests(), encoding="utf-8")
     pages = [p for p in sorted((docs/"pages").glob("*.md")) if p.stem != "home"]
     for path in pages: (out/path.name).write_text(link_names(fix_links(path.read_text(encoding="utf-8"), path, "../", staged), "../"), encoding="utf-8")
-    section(out, "Reference", "What the files look like, where they come from, and where this package goes another way than the original programs.", ["manifests", *[p.stem for p in pages]],
+    section(out, "Reference", "How to search, train and run at any scale; what the files look like and where they come from; how the package differs from the authors' code and from others.", ["manifests", *[p.stem for p in pages]],
             ["- [Manifests](manifests.md): what each data set and checkpoint consists of", *[listing(p, p.name) for p in pages]])
 
 
@@ -123,10 +124,11 @@ def stage_home(stage):
     cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
     shown = read_json(docs/"pairs.json")
     table = (root/"results"/"reference"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
-    pages = {"tutorials/index": "one task each, from start to end", "guide": "all commands on one page", "explore": "the explorer in JupyterLab", "modules/index": "each part of the package, explained, with its API",
-             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "manifests, file formats, differences from the originals"}
+    pages = {"tutorials/index": "one task each, from start to end", "guide": "the README", "explore": "the explorer in JupyterLab", "modules/index": "each part of the package, explained, with its API",
+             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "search, training, runs, speed, file formats, differences from the authors' code, glossary"}
     if not TUTORIALS: del pages["tutorials/index"]
-    fill = dict(title=cells[0], intro=cells[1].partition("## Two commands")[0].strip(), commands=between(cells[1], "## Two commands", "## An example"), table=table,
+    fill = dict(title=cells[0], intro=cells[1].partition("\n\n")[0].strip(), first=between(cells[1], "## The first minute", "## Two commands"),
+                commands=between(cells[1], "## Two commands", "## Search your own"), table=table,
                 made=f"The run: seed {shown['made by']['seed']}, commit `{shown['made by']['commit'][:9]}`.", seeds="means ± standard deviations over the seeds" if "±" in table else "one seed",
                 sections="\n".join(f"- {{doc}}`{page}`: {about}" for page, about in pages.items()))
     text = (docs/"pages"/"home.md").read_text(encoding="utf-8")

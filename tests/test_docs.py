@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from aladin.cli.main import COMMANDS
 from aladin.config import ExperimentConfig
 
 root = Path(__file__).resolve().parent.parent
@@ -18,12 +19,20 @@ def test_settings_exist():
     assert named("differences") and named("differences") <= SETTINGS, named("differences") - SETTINGS
 
 
-@pytest.mark.parametrize("page", ["differences", "formats"])
+def code_of(text):
+    "Shell blocks and code spans of a page that call the program."
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.splitlines() if re.match(r"(\S+=\S+ )*(\.venv/bin/)?aladin ", line)] + re.findall(r"`(aladin [^`]+)`", text)
+
+
+PAGES = sorted(p.stem for p in (root/"docs"/"pages").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tests_and_commands_exist(page):
     text = (root/"docs"/"pages"/f"{page}.md").read_text(encoding="utf-8")
     assert all((root/path).exists() for path in re.findall(r"`((?:tests|nbs|data_manifests|results)/[\w./]+)`", text))
-    commands = "".join(p.read_text(encoding="utf-8") for p in (root/"aladin"/"cli").glob("*.py"))
-    assert all(f'"{name}"' in commands for name in re.findall(r"`aladin ([\w-]+)", text))
+    assert set(re.findall(r"aladin ([a-z][\w-]+) (?:--|[A-Z\"'a-z])", "\n".join(code_of(text)))) <= set(COMMANDS)
 
 
 def test_every_quirk_says_what_becomes_of_it():

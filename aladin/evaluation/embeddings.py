@@ -10,7 +10,6 @@ import hashlib, json, os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write, describe_format, InputError, locked, read_json, reserve, sync, write_json
 from ..device import evaluating, hash_weights
-from ..config import Aggregation
+from ..config import Aggregation, allowed_values
 from ..data.ragged import Ragged, read_ahead, READERS
 from ..data.splits import RetrievalSet
 from ..model.model import AladinModel
@@ -99,7 +98,10 @@ class _Encoding:
             expected = f"{c.region_dim}, as the model was trained with"
             fix = "use the features of the model's data set"
             raise InputError("regions", "feature width", expected, str(data.regions.dim), fix)
-        self.model,self.data,self.batch_size,self.autocast = model,data,batch_size,autocast
+        self.model = model
+        self.data = data
+        self.batch_size = batch_size
+        self.autocast = autocast
         self.device = next(model.parameters()).device
         regions,tokens = data.region_counts,data.caption_lengths
         self.rows = dict(images=np.maximum(regions - c.drop_first_region, 0),
@@ -209,7 +211,8 @@ def _read_tensors(path):
         found = describe_format(path)
         if found in ("safetensors", "binary data"): found = e
         raise _damaged(path, "file", "a whole safetensors file", found) from None
-    if absent := [n for n in _TENSORS if n not in tensors]:
+    absent = [n for n in _TENSORS if n not in tensors]
+    if absent:
         raise _damaged(path, f"tensor {absent[0]}", "the tensors of an embedding file", f"only {sorted(tensors)}")
     for name,dimensions in _TENSORS.items():
         if tensors[name].ndim != dimensions:
@@ -294,7 +297,7 @@ def load_embeddings(
     Raises `InputError` for a file that is missing, cut off, of another kind or does not fit together."""
     meta,t = _read_tensors(path)
     _read_meta(path, meta, "format", _FORMAT, (_FORMAT,))
-    how = dict(aggregation=_read_meta(path, meta, "aggregation", "MrSw", get_args(Aggregation)),
+    how = dict(aggregation=_read_meta(path, meta, "aggregation", "MrSw", allowed_values(Aggregation)),
                clamp=_read_meta(path, meta, "clamp", "always", ("always", "never")))
     _check_integers(path, t, "image_ids", len(t["image_matching"]))
     ids = _read_ids(path, meta, t)

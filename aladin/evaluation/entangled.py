@@ -20,7 +20,11 @@ class EntangledScorer:
         data, # RetrievalSet
         batch_size:int=64, # pairs at once
         autocast:torch.dtype|None=None, # compute in this type where torch may
-    ): self.model,self.data,self.batch_size,self.autocast = model,data,batch_size,autocast
+    ):
+        self.model = model
+        self.data = data
+        self.batch_size = batch_size
+        self.autocast = autocast
 
     @torch.no_grad()
     def scores(self,

@@ -186,7 +186,9 @@ def read_judgements(
 # %% ../../nbs/evaluation/03_relevance.ipynb #e947e512
 def _caption_rows(embeddings):
     "Row of each caption by the row of its image and its number among that image's captions."
-    owner,rows,seen = embeddings.caption_image.tolist(),{},{}
+    owner = embeddings.caption_image.tolist()
+    rows = {}
+    seen = {}
     for i,image in enumerate(owner):
         number = seen.get(image, 0)
         rows[image, number] = i

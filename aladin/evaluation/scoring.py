@@ -74,7 +74,9 @@ def __getitem__(self:ScoreTiles,
     at:tuple, # (a, b): row and column of the tile
 )->Tensor: # [images of group a, captions of group b]
     "Scores of one tile."
-    e,image_rows,caption_rows = self.embeddings,self.image_rows[at[0]],self.caption_rows[at[1]]
+    e = self.embeddings
+    image_rows = self.image_rows[at[0]]
+    caption_rows = self.caption_rows[at[1]]
     images,captions = self.images[image_rows],self.captions[caption_rows]
     if e.regions.values.dtype == torch.float16: images,captions = images.to(torch.float32),captions.to(torch.float32)
     if self.head == "matching": scores = (images @ captions.T).float()

@@ -45,7 +45,9 @@ class Layout:
         def spread(x):
             if self.slots is not None: x = _gather(x, self.rows, self.slots)
             return x.view(self.count, self.width, heads, -1).transpose(1, 2)
-        query,key,value = spread(query),spread(key),spread(value)
+        query = spread(query)
+        key = spread(key)
+        value = spread(value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, dropout_p=dropout)
         out = out.transpose(1, 2).reshape(self.count*self.width, -1)
         return out if self.slots is None else _gather(out, self.slots, self.rows, self.unseen)
@@ -83,7 +85,7 @@ def transformer_layer(
 
 # %% ../../nbs/model/01_backbone.ipynb #67ad99f9
 def _two_layers(source, width):
-    "Two linear layers with torch's own initial weights, which `transformers` is told to leave as they are."
+    "Two linear layers with torch's own initial weights, marked so that `transformers` keeps them."
     layers = nn.Sequential(nn.Linear(source, width), nn.ReLU(), nn.Linear(width, width))
     for o in layers.modules(): o._is_hf_initialized = True
     return layers

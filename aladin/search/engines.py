@@ -118,7 +118,10 @@ class SetStore:
         keys:tuple=(), # keys that every segment.json must have, as in `Segment`
         dim:int|None=None, # width of vectors and sets, as in `Segment`
     ):
-        self.path,self.keys,self.dim,self._open = Path(path),keys,dim,{}
+        self.path = Path(path)
+        self.keys = keys
+        self.dim = dim
+        self._open = {}
 
     def names(self)->list:
         "The names of the segments, oldest first. Whatever else lies in the folder is ignored."
@@ -338,7 +341,9 @@ def _connect(pymilvus, uri):
 class _Client:
     "A Milvus client; raises `InputError` for what fails at the server."
     def __init__(self, pymilvus, uri):
-        self._client,self._uri,self._error = _connect(pymilvus, uri),uri,pymilvus.MilvusException
+        self._client = _connect(pymilvus, uri)
+        self._uri = uri
+        self._error = pymilvus.MilvusException
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
@@ -363,7 +368,10 @@ class MilvusEngine:
         fingerprint:str, # of the model; kept with the collection
         approximate:bool=False, # for a new collection: search a graph (HNSW) instead of every vector
     ):
-        self.store,self.uri,self.collection,self.dim = store,str(uri),collection,dim
+        self.store = store
+        self.uri = str(uri)
+        self.collection = collection
+        self.dim = dim
         pymilvus = _milvus()
         self.client = _Client(pymilvus, self.uri)
         if not self.client.has_collection(collection): self._create(pymilvus.DataType, fingerprint, approximate)

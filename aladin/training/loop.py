@@ -18,7 +18,7 @@ from ..device import release_memory
 from ..config import config_to_dict, ExperimentConfig
 from ..data.splits import RetrievalSet, training_batches
 from ..model.model import AladinModel
-from .losses import Criterion
+from .losses import Criterion, heads_read
 from .processes import Processes
 from .frozen import frozen_states
 from .step import mined_order, read_epoch, Step
@@ -93,10 +93,9 @@ def selection_score(
 def trained_heads(
     terms:list, # loss terms of the configuration
 )->tuple: # some of "alignment", "matching"
-    "The heads that a configuration trains and therefore validates."
-    alignment = ("alignment",) if "alignment" in terms else ()
-    matching = ("matching",) if set(terms) != {"alignment"} else ()
-    return alignment + matching
+    "The heads that a configuration trains and therefore validates. Distillation only reads the alignment head."
+    read = heads_read([term for term in terms if term != "distillation"]) | ({"matching"} if "distillation" in terms else set())
+    return tuple(head for head in ("alignment", "matching") if head in read)
 
 # %% ../../nbs/training/06_loop.ipynb #c8070a5e
 def _validation_line(step, loss, metrics, best, first):

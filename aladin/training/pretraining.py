@@ -62,7 +62,9 @@ class PretrainingHead(nn.Module):
         thinning=Thinning(0, 0), # leaves out some regions and tokens
     ):
         super().__init__()
-        self.model,self.data,self.thinning = model,data,thinning
+        self.model = model
+        self.data = data
+        self.thinning = thinning
         special = data.processor.tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
         self.mask_id = special[-1]
         vocabulary = model.config.vocab_size
@@ -174,7 +176,9 @@ def pretrain(
     generator = torch.Generator().manual_seed(seed)
     pairs,captions = settings.pretrain_batch
     model.train()
-    log,epoch,batches = [],0,[]
+    log = []
+    epoch = 0
+    batches = []
     for step in tqdm(range(settings.pretrain_steps), desc="pre-training", disable=not progress):
         if not batches:
             batches = training_batches(data.caption_image, pairs, seed+1, epoch, False, captions)

@@ -22,7 +22,7 @@ from ..config import ExperimentConfig
 from ..data.ragged import Ragged, read_ahead, READERS, send
 from ..data.splits import ImageBatch, RetrievalSet
 from ..model.model import AladinModel, Encoded
-from .losses import Criterion
+from .losses import Criterion, heads_read
 from .processes import Processes
 from .frozen import FrozenStates
 
@@ -116,7 +116,8 @@ def read_epoch(
 # %% ../../nbs/training/03_step.ipynb #545f14e0
 def _needs(terms):
     "Which heads the loss terms read."
-    return dict(matching=set(terms) != {"alignment"}, alignment=bool({"alignment", "distillation"} & set(terms)))
+    heads = heads_read(terms)
+    return dict(matching="matching" in heads, alignment="alignment" in heads)
 
 # %% ../../nbs/training/03_step.ipynb #87a03ce0
 def autocasting(
@@ -189,7 +190,9 @@ def _split(gradient, counts):
 class _Side:
     "One side of a part: outputs as leaves whose gradients are sent back into the encoder."
     def __init__(self, encode, chunks, need, device):
-        self.encode,self.chunks,self.device = encode,chunks,device
+        self.encode = encode
+        self.chunks = chunks
+        self.device = device
         self.kept = len(chunks) == 1
         self.random,out = [],[]
         with torch.set_grad_enabled(self.kept):
@@ -229,7 +232,11 @@ class Step:
         frozen:FrozenStates|None=None, # of model and data, if the backbone is frozen
         processes:Processes|None=None, # that divide the batch among them; this one alone when not given
     ):
-        self.model,self.criterion,self.data,self.config,self.frozen = model,criterion,data,config,frozen
+        self.model = model
+        self.criterion = criterion
+        self.data = data
+        self.config = config
+        self.frozen = frozen
         self.processes = processes or Processes()
         self.device,self.terms = next(model.parameters()).device,criterion.settings.terms
         if self.processes.together and "hidden_l1" in self.terms:
@@ -271,6 +278,7 @@ def _sides(self:Step, share, need):
 
 # %% ../../nbs/training/03_step.ipynb #c2876662
 class _OwnScores(NamedTuple):
+    "This process's rows of alignment scores, and the words that they were computed with."
     scores:Tensor # this process's rows of alignment scores, [own pairs, pairs]
     words:Tensor # words of all captions, a leaf, [total words, dim]
     counts:list # words of each process
@@ -325,7 +333,9 @@ def _in_parts(self:Step, share, rows, epoch, step):
 @patch
 def _send_back(self:Step, sides, near, scores, vectors, every, own):
     "From the loss's gradient with respect to scores and vectors to that of the parameters."
-    outputs,gradients,of_words = [],[],None
+    outputs = []
+    gradients = []
+    of_words = None
     has_scores = near is not None and scores.grad is not None
     if sides:
         if has_scores: outputs,gradients = [near.scores],[scores.grad[own]]
