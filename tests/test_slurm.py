@@ -122,7 +122,10 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     assert slurm.stages() == ["prepare", "pretrain", "train", "train", "train", "evaluate", "attention", "report"]
     assert set(slurm.states().values()) == {"COMPLETED", "FAILED", "CANCELLED"} and len(slurm.states()) == 8
     assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.failed.ipynb"))
-    for job in slurm.jobs(): assert job["-p"] == "small" and job["--mem"] == "16000" and job["--cpus-per-task"] == "1" and job["-t"] == ("2880" if "train" in job["--comment"] else "240")
+    for job in slurm.jobs():
+        assert (job["-p"], job["--mem"]) == ("small", "16000")
+        assert job["--cpus-per-task"] == ("2" if "pretrain" in job["--comment"] else "1")  # a single pre-training has two threads
+        assert job["-t"] == ("2880" if "train" in job["--comment"] else "240")
 
 
 def test_a_profile_that_is_not_there_is_an_error(tmp_path):

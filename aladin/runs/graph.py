@@ -23,13 +23,14 @@ from .stages import prepare_data, train_run
 
 # %% ../../nbs/runs/04_graph.ipynb #d33372c0
 def _named(name, kind):
-    "A YAML file, given by its path or by its name among the experiment files of a kind. Raises `InputError`."
+    "A YAML file by its path or name: one in the working folder, or the package's own. Raises `InputError`."
     if Path(name).suffix in (".yaml", ".yml"): return Path(name)
-    folder = resource_dir("experiments")/kind
+    own,folder = Path(f"{name}.yaml"),resource_dir("experiments")/kind
+    if os.path.isfile(own): return own
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name in known: return folder/f"{name}.yaml"
     near = difflib.get_close_matches(str(name)[:100], known, 1, 0)
-    fix = f"did you mean {near[0]}?" if near else "write a YAML file"
+    fix = f"did you mean {near[0]}?" if near else f"write {own.name}"
     raise InputError(folder, kind, f"one of {', '.join(known)}", name, fix)
 
 # %% ../../nbs/runs/04_graph.ipynb #bb0ee288
