@@ -45,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["aladin", "aladin.*"]),
-    package_data={"aladin": ["view/explorer.js", "view/explorer.css"]},
+    package_data={"aladin": ["search/pair.js", "search/pair.css", "view/explorer.js", "view/explorer.css"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in optional} | {"dev": " ".join(cfg[f"{extra}_requirements"] for extra in ("dev", *optional)).split()},
     entry_points={

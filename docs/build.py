@@ -134,11 +134,11 @@ def stage_home(stage):
     text = (docs/"pages"/"home.md").read_text(encoding="utf-8")
     for name, value in fill.items(): text = text.replace(f"{{{{{name}}}}}", value)
     (stage/"index.md").write_text(link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
-    view = (root/"aladin"/"view"/"explorer.js").read_text(encoding="utf-8").replace("export function", "function").partition("export default")[0]
+    view = (root/"aladin"/"search"/"pair.js").read_text(encoding="utf-8")
     files = stage/"_static"
     files.mkdir()
     (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")  # one plain script, so that the page works from a folder too
-    shutil.copy(root/"aladin"/"view"/"explorer.css", files/"explorer.css")
+    shutil.copy(root/"aladin"/"search"/"pair.css", files/"pair.css")
 
 
 def stage_all(stage):

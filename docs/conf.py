@@ -18,7 +18,7 @@ html_title = "aladin"
 html_favicon = "static/favicon.svg"
 html_context = dict(default_mode="auto")
 html_static_path = ["static"]  # and what docs/build.py makes
-html_css_files = ["explorer.css", "aladin.css"]
+html_css_files = ["pair.css", "aladin.css"]
 html_js_files = ["aladin.js"]
 html_copy_source = False
 html_show_sourcelink = False

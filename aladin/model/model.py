@@ -237,6 +237,8 @@ class Alignment:
     boxes:np.ndarray # x1 y1 x2 y2 of the regions, relative to the picture's size, float32 [regions, 4]
     tags:list|None # class name of each region; None where they are not known
     cosines:np.ndarray # float32 [regions, tokens]
+    aggregation:str="MrSw" # of the alignment head, which makes the score of the cosines
+    clamp:bool=True # whether a best cosine below 0 counts as 0
 
     def best(self)->list: # (token, region, cosine)
         "The region with the highest cosine for each token."
@@ -278,7 +280,8 @@ def pair(self:AladinModel,
         raise InputError("pair", "image", "one image of encode_images", f"{len(image)} items", fix)
     tokens = self.encode_captions(caption).tokens
     boxes, tags = regions_used(image.split, image.split.image_ids.index(image.ids[0]), self.config)
-    return Alignment(self.words_used(caption), boxes, tags, (image.regions.values @ tokens.values.T).numpy())
+    cosines, config = (image.regions.values @ tokens.values.T).numpy(), self.config
+    return Alignment(self.words_used(caption), boxes, tags, cosines, config.aggregation, config.clamp != "never")
 
 # %% ../../nbs/model/04_model.ipynb #b4253d81
 def start_from_text_model(

@@ -322,8 +322,10 @@ def ranked(self:SearchIndex,
 @patch
 def _alignment(self:SearchIndex, place, words, pieces):
     "Words of a text beside the regions at a place of the images."
-    segment,regions = self.stores["images"].segment(place[0]),self.stores["images"].read([place]).values
-    return Alignment(pieces, np.array(segment.boxes[segment.rows(place[1])]), segment.about["tags"][place[1]], (regions @ words.T).numpy())
+    segment, regions = self.stores["images"].segment(place[0]), self.stores["images"].read([place]).values
+    boxes, tags = np.array(segment.boxes[segment.rows(place[1])]), segment.about["tags"][place[1]]
+    cosines, config = (regions @ words.T).numpy(), self.model.config
+    return Alignment(pieces, boxes, tags, cosines, config.aggregation, config.clamp != "never")
 
 # %% ../../nbs/search/01_index.ipynb #508cf6b5
 @patch
