@@ -158,6 +158,28 @@ def test_accessible(browser, site, scheme):
     page.close()
 
 
+# The search page
+
+def test_search_page(page, tmp_path):
+    "A word that is clicked shows its best region; a region that is clicked shows its words; a phone does not scroll sideways."
+    import numpy as np
+    from aladin.model.model import Alignment
+    from aladin.search.index import Hit
+    from aladin.search.page import picture_finder, search_page
+    boxes = np.array([[.1, .1, .4, .5], [.5, .4, 1, 1]], np.float32)
+    alignment = Alignment(["red", "cube", "</script>"], boxes, ["cube", "dog"], np.array([[.8, .9, -.1], [.2, .1, -.3]], np.float32))
+    search_page(tmp_path/"page.html", [("a red cube", [Hit("1", "1", 1.7, .6, None, alignment), Hit("2", "2", 1.1, .5)])], picture_finder(tmp_path))
+    page.set_content((tmp_path/"page.html").read_text())
+    assert page.locator(".hit").count() == 2 and page.locator(".al-region").count() == 2
+    page.click(".al-word[data-word='1']")
+    assert page.locator(".al-best").get_attribute("data-region") == "0" and "cosine 0.90" in page.inner_text(".al-says")
+    page.click(".al-region[data-region='1']")
+    assert "dog is the best region of no word; nearest to it is “red”, cosine 0.20" in page.inner_text(".al-says")
+    assert not violations(page, ".al-pair")
+    page.set_viewport_size(dict(width=WIDTHS[1], height=800))
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 # The explorer
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONFIGURATIONS', 'TEACHER', 'experiment_config', 'check_parameters', 'run_notebook', 'describe', 'end_with_parent',
-           'run_stage', 'run_results', 'small_run', 'default_run']
+           'run_stage', 'run_results']
 
 # %% ../../nbs/runs/04_graph.ipynb #58be90e3
 import ctypes, difflib, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
-from dataclasses import replace
 from pathlib import Path
 
 import aladin
@@ -16,10 +15,8 @@ import aladin
 from ..files import (
     InputError, install, locked, part_dir, read_json, read_yaml, remove_if_stale, resource_dir, RunFailed, write_json)
 from ..config import config_from_dict, config_to_dict, ExperimentConfig
-from ..data.scenes import write_scenes
 from ..model.authors_config import load_config
 from .reference import compare_runs, comparison_text
-from .stages import prepare_data, train_run
 
 # %% ../../nbs/runs/04_graph.ipynb #d33372c0
 def _named(name, kind):
@@ -470,35 +467,3 @@ def run_results(
     say(comparison_text(compare_runs(folder, runs=list(graph["runs"]))))
     import pandas as pd
     return pd.read_csv(folder/"table.csv")
-
-# %% ../../nbs/runs/04_graph.ipynb #b0ccb4c9
-def small_run(
-    out="runs/explorer", # folder to make, with data/, scenes/ and the run
-    images:tuple=(800, 100, 300), # number of training, minival (validation) and test images
-    pretrain_steps:int=300, # steps of pre-training
-    steps:int=200, # steps of training, both heads together
-    progress:bool=True, # show progress bars
-)->Path: # the run folder, for `open_explorer`
-    "Draw scenes and train a small model on them, once."
-    out,configuration = Path(out),"alad-alignment-and-matching-distill"
-    config = experiment_config(configuration, "scenes")
-    run = out/configuration/f"seed-{config.seed}"
-    config.training = replace(config.training, pretrain_steps=pretrain_steps, max_steps=steps, validate_every=steps)
-    if not (out/"data"/"prepared.json").exists():
-        write_scenes(out/"scenes", *images, progress=progress)
-        prepare_data(out/"scenes", out/"data", progress=progress)
-    if not (run/"training.json").exists(): train_run(config, out/"data", run, progress=progress, resume="auto")
-    return run
-
-# %% ../../nbs/runs/04_graph.ipynb #9851f083
-def default_run(
-    results="results", # folder of the results
-    out="runs/explorer", # where a small run is made when there is no model
-    say=print, # function that gets a line of text before a small run is made
-)->Path: # a run folder, for `open_explorer`
-    "The run to explore when none is named: one of the scenes with both heads, or a small run that is made now."
-    found = sorted(p.parent for p in Path(results).glob("scenes/alad-alignment-and-matching-*/seed-*/model"))
-    if found: return found[0]
-    say(f"No trained model in {results}/scenes yet: making a small one in {out}, a minute or two. "
-        "`make results` trains the real ones.")
-    return small_run(out)

@@ -20,6 +20,7 @@ from ..data.splits import open_split
 from ..model.model import load_model
 from ..search.index import model_fingerprint, SearchIndex
 from ..search.page import explain
+from ..search.demo import demo
 
 # %% ../../nbs/view/01_explorer.ipynb #3f846149
 HEADS = ("alignment", "matching", "two-stage")
@@ -139,9 +140,19 @@ def _pictures(self:Explorer, images):
     found = {i: self._picture(i) for i in sorted(images)}
     return {i: p.url for i,(p,_) in found.items() if p},[problem for _,problem in found.values() if problem]
 
+# %% ../../nbs/view/01_explorer.ipynb #7096261d
+def _captions_of(split):
+    "The captions of a split, as (image id, caption)."
+    return [(split.image_ids[image], text) for image,text in zip(split.caption_image, split.captions)]
+
+def _explore_demo(progress):
+    "The explorer of the demo's model and pictures."
+    made = demo(progress=progress)
+    return Explorer(made.index, _captions_of(made.images), made.folder/"scenes")
+
 # %% ../../nbs/view/01_explorer.ipynb #c1886646
 def open_explorer(
-    run, # run folder with model/, or a model folder
+    run=None, # run folder with model/, or a model folder; by default the demo's model and pictures
     data=None, # data folder; by default data/ beside the runs of the data set
     pictures=None, # folder with the pictures; by default scenes/ beside `data` where there is one, else `data`
     split:str="test", # train, minival or test
@@ -149,6 +160,7 @@ def open_explorer(
     progress:bool=True, # show a progress bar while the split is encoded
 )->Explorer:
     "The explorer of a split, as a model sees it. Raises `InputError` where model or data are missing."
+    if not run: return _explore_demo(progress)
     run = Path(run)
     folder = run/"model" if (run/"model").is_dir() else run
     model = load_model(folder)
@@ -157,5 +169,4 @@ def open_explorer(
     images = open_split(data, split, model.processor, keys=keys, progress=progress)
     out = folder.parent/f"index-{split}-{model_fingerprint(model)[:8]}"
     index = SearchIndex.build(model, images, out, progress=progress)
-    captions = [(images.image_ids[o], text) for o,text in zip(images.caption_image, images.captions)]
-    return Explorer(index, captions, pictures)
+    return Explorer(index, _captions_of(images), pictures)
