@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 
 from ..files import atomic_write, InputError
 from ..device import evaluating
-from ..data.pictures import as_rgb, open_picture
+from ..data.pictures import as_rgb, open_picture, PALETTE
 from ..data.splits import RetrievalSet
 from ..model.heads import alignment_scores
 from ..model.model import AladinModel, regions_used
@@ -34,11 +34,11 @@ class Attention:
     "How the alignment head compares one image with one caption."
     image_id:str # image id
     caption:str # the caption
-    words:list # word pieces that take part, in order
+    words:list # tokens that take part, as text, in order
     boxes:np.ndarray # x1 y1 x2 y2 of the regions that take part, relative to the picture, float32 [regions, 4]
     tags:list|None # class name of each region; None where the detections do not match the region vectors
-    cosines:np.ndarray # float32 [regions, words]
-    score:float # alignment score MrSw: each word's largest cosine, summed
+    cosines:np.ndarray # float32 [regions, tokens]
+    score:float # alignment score MrSw: each token's largest cosine, summed
 
 # %% ../../nbs/view/00_plots.ipynb #90224ce0
 @torch.no_grad()
@@ -48,7 +48,7 @@ def attend(
     image:int, # row in data.image_ids
     caption:int, # row in data.captions
 )->Attention:
-    "Encode one image and one caption and compare every region with every word."
+    "Encode one image and one caption and compare every region with every token."
     device, c = next(model.parameters()).device, model.config
     batch = data.image_batch([image])
     with evaluating(model):
@@ -62,8 +62,6 @@ def attend(
                      (regions.values @ words.values.T).float().cpu().numpy(), score)
 
 # %% ../../nbs/view/00_plots.ipynb #5aaf62cd
-_BLUE,_ORANGE,_GREEN,_PINK = "#0072B2","#D55E00","#009E73","#CC79A7"
-
 def _pixels(picture, side=320):
     "The picture, upright and at most `side` pixels a side, uint8 [height, width, 3]; a grey square without one."
     if picture is None: return np.full((side, side, 3), 222, np.uint8)
@@ -82,6 +80,7 @@ def _spotlight(pixels, box):
 
 # %% ../../nbs/view/00_plots.ipynb #90ccb7d9
 def _outline(ax, box, **style):
+    "Draw the outline of a box."
     x1,y1,x2,y2 = np.clip(box, 0, 1)
     ax.add_patch(Rectangle((x1, y1), x2-x1, y2-y1, fill=False, clip_on=False, **style))
 
@@ -90,7 +89,8 @@ def _draw_word(ax, attention, word, pixels, every_box):
     best = int(attention.cosines[:, word].argmax())
     ax.imshow(_spotlight(pixels, attention.boxes[best]), extent=(0, 1, 1, 0), aspect=pixels.shape[0]/pixels.shape[1])
     for box in attention.boxes if every_box else (): _outline(ax, box, edgecolor="0.55", linewidth=.6)
-    _outline(ax, attention.boxes[best], edgecolor=_ORANGE, linewidth=1.8, path_effects=[withStroke(linewidth=3.4, foreground="white")])
+    halo = withStroke(linewidth=3.4, foreground="white")
+    _outline(ax, attention.boxes[best], edgecolor=PALETTE["orange"], linewidth=1.8, path_effects=[halo])
     ax.set_title(f"{attention.words[word]}\n{attention.cosines[best, word]:.2f}", fontsize=9, linespacing=1.1, pad=4)
     if attention.tags: ax.set_xlabel(attention.tags[best], fontsize=8, color="0.35", labelpad=2)
     ax.set(xticks=[], yticks=[])
@@ -109,14 +109,16 @@ def plot_attention(
     picture=None, # path or PIL image; None: boxes on a grey square
     max_words:int=12, # panels at most; words beyond are left out
 )->Figure:
-    "Each word's best region over the picture; raises `InputError` for a pair without regions or words."
+    "Each word's best region over the picture. Raises `InputError` for a pair without regions or words."
     shown,pixels = min(max_words, len(attention.words)),_pixels(picture)
     if not attention.cosines.size or not shown:
-        raise InputError(f"image {attention.image_id}", "attention", "at least one region and one word", f"{len(attention.boxes)} regions, {shown} words", "choose another pair")
+        expected,found = "at least one region and one word",f"{len(attention.boxes)} regions, {shown} words"
+        raise InputError(f"image {attention.image_id}", "attention", expected, found, "choose another pair")
     rows = math.ceil(shown/6)
     columns = math.ceil(shown/rows)
     side = min(1.6, 7.2/columns)
-    width,height = max(3.6, columns*side),rows*(side*min(1.5, pixels.shape[0]/pixels.shape[1]) + .5) + .6
+    width = max(3.6, columns*side)
+    height = rows*(side*min(1.5, pixels.shape[0]/pixels.shape[1]) + .5) + .6
     figure,axes = plt.subplots(rows, columns, figsize=(width, height), dpi=100, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=.03, h_pad=.03)
     for word,ax in enumerate(axes.flat):
@@ -127,32 +129,41 @@ def plot_attention(
     return figure
 
 # %% ../../nbs/view/00_plots.ipynb #99937b0f
-_HEADS = {"alignment": (_BLUE, "o", "-"), "matching": (_ORANGE, "s", "--")} # head -> colour, marker, line
+_HEADS = { # head -> colour, marker, line
+    "alignment": (PALETTE["blue"], "o", "-"),
+    "matching": (PALETTE["orange"], "s", "--")}
+_TERMS = ( # colour and line of the total loss and of its terms
+    ("black", "-"), (PALETTE["blue"], "--"), (PALETTE["orange"], "-."), (PALETTE["green"], ":"),
+    (PALETTE["pink"], (0, (5, 1))))
 
 def _plot_losses(ax, history):
     "The training loss and, where there are several, its terms."
     terms = [c for c in history if c.startswith("loss_") and history[c].notna().any()]
-    columns,smallest,largest = ["loss"] if "loss" in history else [],math.inf,-math.inf
-    columns += terms if len(terms) > 1 else []
-    for column,(colour,line) in zip(columns, (("black", "-"), (_BLUE, "--"), (_ORANGE, "-."), (_GREEN, ":"), (_PINK, (0, (5, 1))))):
+    columns = ["loss"] if "loss" in history else []
+    if len(terms) > 1: columns += terms
+    smallest,largest = math.inf,-math.inf
+    for column,(colour,line) in zip(columns, _TERMS):
         values = history[["step", column]].dropna()
         smooth = values[column].rolling(max(1, len(values)//50), min_periods=1).mean()
         smallest,largest = min(smallest, smooth.min()),max(largest, smooth.max())
         if column == "loss": ax.plot(values["step"], values[column], color="0.85", linewidth=.6)
-        ax.plot(values["step"], smooth, color=colour, linestyle=line, linewidth=1.4, label=column.replace("loss_", "") if column != "loss" else "total")
-    ax.set(xlabel="step", ylabel="training loss", yscale="log" if 0 < smallest < largest/20 else "linear")
+        label = "total" if column == "loss" else column.replace("loss_", "")
+        ax.plot(values["step"], smooth, color=colour, linestyle=line, linewidth=1.4, label=label)
+    scale = "log" if 0 < smallest < largest/20 else "linear"
+    ax.set(xlabel="step", ylabel="training loss", yscale=scale)
     if len(columns) > 1: ax.legend(frameon=False, fontsize=8)
 
 # %% ../../nbs/view/00_plots.ipynb #76a9c9bc
 def _plot_validations(ax, history):
-    "Minival rsum of each head, the best ringed."
+    "The rsum of each head on minival, with a ring around the best."
     for head,(colour,marker,line) in _HEADS.items():
         if f"{head}_rsum" not in history: continue
         values = history[["step", f"{head}_rsum"]].dropna()
         if values.empty: continue
         steps,sums = values.to_numpy().T
         best = sums.argmax()
-        ax.plot(steps, sums, color=colour, marker=marker, linestyle=line, markersize=4, linewidth=1.4, label=f"{head}, best {sums[best]:.1f}")
+        ax.plot(steps, sums, color=colour, marker=marker, linestyle=line, markersize=4, linewidth=1.4,
+                label=f"{head}, best {sums[best]:.1f}")
         ax.plot(steps[best], sums[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
     ax.set(xlabel="step", ylabel="minival rsum (of 600)")
     if ax.lines: ax.legend(frameon=False, fontsize=8, loc="lower right")
@@ -162,7 +173,7 @@ def plot_curves(
     history:pd.DataFrame, # step, loss, loss_<term>, <head>_rsum; NaN where a row has none
     path=None, # file to write the figure to as well (.png, .svg or .pdf)
 )->Figure:
-    "Training loss on the left, minival rsum of each head on the right."
+    "Training loss on the left, rsum of each head on minival on the right."
     figure,axes = plt.subplots(1, 2, figsize=(7.2, 2.7), dpi=80, layout="constrained")
     for ax,draw in zip(axes, (_plot_losses, _plot_validations)):
         draw(ax, history)
@@ -174,23 +185,35 @@ def plot_curves(
     return figure
 
 # %% ../../nbs/view/00_plots.ipynb #b27970e2
+_BARS = tuple(zip((PALETTE[c] for c in ("blue", "orange", "green", "pink")), ("", "//", "..", "xx"))) # colour, hatching
+
 def _bar_label(index, several):
+    "The label of a row: its configuration, with the data set where there are several."
     return f"{index[1]} ({index[0]})" if several else index[1]
 
+def _plot_bars(ax, rows, places, height, style, head):
+    "The bars of one head at their places, each with its rsum and the deviation over seeds."
+    spread = rows["rsum ±"].fillna(0) if "rsum ±" in rows else 0*rows["rsum"]
+    colour,hatch = style
+    ax.barh(places, rows["rsum"], height, xerr=spread.where(spread > 0), color=colour, hatch=hatch,
+            edgecolor="white", ecolor="0.2", capsize=2, label=head)
+    for y,value,wide in zip(places, rows["rsum"], spread):
+        ax.text(value + wide + 4, y, f"{value:.1f}", va="center", fontsize=8)
+
+# %% ../../nbs/view/00_plots.ipynb #8541c683
 def plot_results(
     table:pd.DataFrame, # from `results_table`
 )->Figure:
-    "The rsum of every configuration and head as horizontal bars, with the deviation over seeds."
+    "The rsum of every configuration and head as horizontal bars, with the standard deviation over seeds."
     several = table.index.get_level_values("data").nunique() > 1
     labels = list(dict.fromkeys(_bar_label(i, several) for i in table.index))
     figure,ax = plt.subplots(figsize=(6.4, .9 + .5*len(labels)), dpi=80, layout="constrained")
     heads = sorted(table.index.get_level_values("head").unique()) # alignment before matching
-    for number,(head,colour,hatch) in enumerate(zip(heads, cycle((_BLUE, _ORANGE, _GREEN, _PINK)), cycle(("", "//", "..", "xx")))):
+    for number,(head,style) in enumerate(zip(heads, cycle(_BARS))):
         rows = table[table.index.get_level_values("head") == head]
-        places = [labels.index(_bar_label(i, several)) + .72*((number + .5)/len(heads) - .5) for i in rows.index]
-        spread = rows["rsum ±"].fillna(0) if "rsum ±" in rows else 0*rows["rsum"]
-        ax.barh(places, rows["rsum"], .68/len(heads), xerr=spread.where(spread > 0), color=colour, hatch=hatch, edgecolor="white", ecolor="0.2", capsize=2, label=head)
-        for y,value,wide in zip(places, rows["rsum"], spread): ax.text(value + wide + 4, y, f"{value:.1f}", va="center", fontsize=8)
+        offset = .72*((number + .5)/len(heads) - .5)
+        places = [labels.index(_bar_label(i, several)) + offset for i in rows.index]
+        _plot_bars(ax, rows, places, .68/len(heads), style, head)
     ax.set(xlabel="rsum (of 600)", xlim=(0, 600), yticks=range(len(labels)), yticklabels=labels)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
@@ -199,19 +222,32 @@ def plot_results(
     return figure
 
 # %% ../../nbs/view/00_plots.ipynb #0734f22b
+def _query_costs(runs):
+    "One row for each configuration and head: milliseconds of a query and the sum of t2i recalls, mean of the seeds."
+    rows = []
+    for r in runs:
+        for head,m in r["heads"].items():
+            recalls = sum(m["t2i"][f"r{k}"] for k in (1, 5, 10))
+            milliseconds = 1000*m["seconds"]/r["captions"]
+            rows.append(dict(configuration=r["configuration"], head=head, milliseconds=milliseconds, rsum=recalls))
+    return pd.DataFrame(rows).groupby(["configuration", "head"], as_index=False).mean()
+
+# %% ../../nbs/view/00_plots.ipynb #ecccd0a6
 def plot_efficiency(
-    runs:list, # of what metrics.json holds
+    runs:list, # contents of metrics.json files
 )->Figure:
-    "Text-to-image recall over the seconds of a query, one point a configuration and head, mean of its seeds."
-    rows = pd.DataFrame([dict(configuration=r["configuration"], head=h, milliseconds=1000*m["seconds"]/r["captions"], rsum=sum(m["t2i"][f"r{k}"] for k in (1, 5, 10))) for r in runs for h,m in r["heads"].items()])
-    points = rows.groupby(["configuration", "head"], as_index=False).mean()
+    "Text-to-image recall over the time of a query, one point for each configuration and head, mean of its seeds."
+    points = _query_costs(runs)
     names = list(dict.fromkeys(points["configuration"]))
     figure,ax = plt.subplots(figsize=(6.4, 3.4 + .2*len(names)), dpi=80, layout="constrained")
     for number,(name,group) in enumerate(points.groupby("configuration", sort=False)):
-        for _,o in group.iterrows(): ax.scatter(o["milliseconds"], o["rsum"], s=60, color=f"C{number}", alpha=.8, marker=_HEADS[o["head"]][1])
+        for _,o in group.iterrows():
+            marker = _HEADS[o["head"]][1]
+            ax.scatter(o["milliseconds"], o["rsum"], s=60, color=f"C{number}", alpha=.8, marker=marker)
     keys = [Line2D([], [], ls="", marker=_HEADS[h][1], color="0.4", label=f"{h} head") for h in points["head"].unique()]
-    keys += [Line2D([], [], ls="", marker="D", ms=5, color=f"C{number}", label=name) for number,name in enumerate(names)]
-    ax.set(xscale="log", xlabel="milliseconds to score and rank a caption against all test images", ylabel="t2i R@1 + R@5 + R@10")
+    keys += [Line2D([], [], ls="", marker="D", ms=5, color=f"C{n}", label=name) for n,name in enumerate(names)]
+    ax.set(xscale="log", xlabel="milliseconds to score and rank a caption against all test images",
+           ylabel="t2i R@1 + R@5 + R@10")
     ax.margins(x=.15, y=.15)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(handles=keys, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
