@@ -13,7 +13,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv dev results reproduce reference test bench docs lab export clean
+.PHONY: lint help venv dev results reproduce reference test bench docs lab export clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ reference: $(VENV)/.dev ## for maintainers: publish the runs of OUT/NAME (defaul
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
 	ALADIN_DEVICE=cpu OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 20
 
+lint: $(VENV)/.dev ## check the style of notebooks and modules: line length, unused names
+	$(RUN) $(BIN)/ruff check
+
 bench: $(VENV)/.core ## measure speed and memory, into results/benchmarks.md and training.md (25 minutes; LONG=1: COCO's size too)
 	$(RUN) $(BIN)/python benchmarks/bench.py --out "$(OUT)" $(if $(LONG),--long) $(if $(THREADS),--threads $(THREADS))
 	$(RUN) $(BIN)/python benchmarks/training.py --out "$(OUT)" $(if $(THREADS),--threads $(THREADS))
@@ -82,7 +85,7 @@ bench: $(VENV)/.core ## measure speed and memory, into results/benchmarks.md and
 docs: $(VENV)/.docs ## write the docs site into _docs, from the notebooks, the results and the manifests
 	$(RUN) $(BIN)/python docs/build.py
 
-lab: $(VENV)/.dev ## open JupyterLab at a start page: explorer, experiments, rooms
+lab: $(VENV)/.dev ## open JupyterLab at a start page: explorer, experiments, modules
 	$(RUN) $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/start.ipynb
 
 export: $(VENV)/.dev ## write aladin/*.py, README.md and the lists of the start page from the notebooks, clean the notebooks

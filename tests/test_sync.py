@@ -40,6 +40,11 @@ def test_sync(copy, kind, what, mend):
     assert ours and not differ, f"{what}: run `make export` ({mend}); these differ: {differ}"
 
 
+def test_style():
+    done = subprocess.run([Path(sys.executable).parent/"ruff", "check", "--no-cache", "--output-format", "concise"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_readme_is_the_home_notebook():
     done = subprocess.run([sys.executable, root/".ci"/"readme.py", "--check"])
     assert done.returncode == 0, "README.md differs from nbs/index.ipynb: run make export"
