@@ -162,7 +162,7 @@ def test_other_data_under_the_same_name_is_another_study(tmp_path):
 
 
 def test_provenance_tells_uncommitted_changes(tmp_path, monkeypatch):
-    for name in ("aladin/__init__.py", "nbs/room.ipynb", "README.md"):
+    for name in ("aladin/__init__.py", "nbs/module.ipynb", "README.md"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_text("")
     git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
@@ -171,5 +171,5 @@ def test_provenance_tells_uncommitted_changes(tmp_path, monkeypatch):
     assert provenance(0)["uncommitted_changes"] is False
     (tmp_path/"README.md").write_text("no code")
     assert provenance(0)["uncommitted_changes"] is False
-    (tmp_path/"nbs"/"room.ipynb").write_text("{}")
+    (tmp_path/"nbs"/"module.ipynb").write_text("{}")
     assert provenance(0)["uncommitted_changes"] is True

@@ -40,7 +40,7 @@ def unit(sizes, generator, dim=6):
 
 
 def pair_score(regions, words, aggregation, clamp, width, longest):
-    "One pair's score by loops, from the table in the heads room."
+    "One pair's score by loops, from the table in the notebook of the heads."
     if not len(regions) or not len(words): return 0.0
     floor = lambda cosines, clamped: max([c.item() for c in cosines] + [0.0]*clamped)
     cosines = regions @ words.T
