@@ -125,7 +125,7 @@ def test_search_finds_the_model(page, site):
     page.keyboard.press("Control+K")
     page.keyboard.type("AladinModel")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#search-results li a[href*='modules/model/04_model.html']")
+    page.wait_for_selector("#search-results li a[href*='modules/model/05_model.html']")
 
 
 def test_tables_sort(page, site):
