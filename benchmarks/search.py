@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from aladin.files import atomic_write, write_json
 from aladin.data.ragged import Ragged
-from aladin.search.engines import ExactEngine, MilvusEngine, SetStore
+from aladin.search.engines import ExactEngine, MilvusEngine
+from aladin.search.segments import SetStore
 from aladin.runs.record import provenance
 from aladin.model.heads import alignment_scores
 

@@ -18,7 +18,8 @@ import aladin.search.engines as engines
 from small_inputs import with_processor
 from aladin.files import InputError
 from aladin.data.splits import open_split
-from aladin.search.engines import ExactEngine, MilvusEngine, SetStore
+from aladin.search.engines import ExactEngine, MilvusEngine
+from aladin.search.segments import SetStore
 from aladin.model.configuration import AladinConfig
 from aladin.model.model import AladinModel, load_model, save_model
 from aladin.data.scenes import write_scenes

@@ -211,6 +211,14 @@ def _report_problem(asked, problem, json):
     print(f"aladin search: {problem}", file=sys.stderr)
     if json: print(_line(dict(query=asked, hits=[], error=str(problem))), flush=True)
 
+# %% ../../nbs/cli/04_search.ipynb #6271e7e3
+def _open_index(index, model):
+    "An index to be searched: without torch where it has an exported encoder and no model is named."
+    from aladin.search.onnx import has_encoder, OnnxIndex
+    if model is None and has_encoder(index): return OnnxIndex(index)
+    from aladin.search.index import SearchIndex
+    return SearchIndex.open(index, model)
+
 # %% ../../nbs/cli/04_search.ipynb #b7d494cf
 @command("aladin search 'two dogs on a beach' --index pictures.index --show answers.html",
          "aladin search --index pictures.index --json < queries.txt",
@@ -228,11 +236,10 @@ def search(
 ):
     "Find the pictures that a text describes, or the captions of a picture. Status 2 where a query has no answer."
     from aladin.files import InputError
-    from aladin.search.index import SearchIndex
     from aladin.search.page import check_page, picture_finder, search_page
     if json and show: raise InputError("aladin search", "options", "--json or --show", "both", "leave one out")
     if show: check_page(show)
-    opened, shown, problems = SearchIndex.open(index, model), [], 0
+    opened, shown, problems = _open_index(index, model), [], 0
     find = picture_finder(pictures or opened.info.get("data", "."))
     for asked, hits in _answers(opened, text, image, k, rerank):
         if isinstance(hits, InputError):

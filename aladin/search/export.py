@@ -50,8 +50,8 @@ def export_hdf5(
             for rows in store.live():
                 _append(group, "ids", rows.ids, dtype=text)
                 _append(group, "vectors", rows.vectors)
-                _append(group, "sets", rows.sets.values.numpy().astype(np.float16))
-                _append(group, "offsets", (ends := end + rows.sets.lengths.cumsum(0)).numpy())
+                _append(group, "sets", rows.sets.astype(np.float16))
+                _append(group, "offsets", (ends := end + rows.lengths.cumsum()))
                 end = int(ends[-1])
                 if kind == "captions":
                     _append(group, "image_ids", rows.owners, dtype=text)
@@ -159,6 +159,7 @@ def export_onnx(
     folder.mkdir(parents=True, exist_ok=True)
     special = {k: tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
     about = dict(model=index.info["model"], dim=model.config.hidden_size, max_tokens=model.config.max_tokens, **special)
+    about |= dict(aggregation=model.config.aggregation, clamp=model.config.clamp != "never")
     with atomic_write(folder/"tokenizer.json") as part: tokenizer.backend_tokenizer.save(str(part))
     with atomic_write(folder/"caption_encoder.onnx") as part: _to_onnx(model, part)
     logging.disable(logging.WARNING) # it advises a step that changes nothing here
