@@ -30,7 +30,7 @@ def register_classes():
 
 # %% ../nbs/03_auto.ipynb #2e2540b5
 class _Loader:
-    "The loader of a module, followed by the registration."
+    "A module's own loader, followed by the registration."
     def __init__(self, loader): self.loader = loader
     def create_module(self, spec): return self.loader.create_module(spec)
     def exec_module(self, module):
@@ -39,7 +39,7 @@ class _Loader:
     def __getattr__(self, name): return getattr(self.loader, name)
 
 class AutoClasses(MetaPathFinder):
-    "Finds the table of configurations as Python does, and lets the registration follow its import."
+    "A finder that has the registration follow the import of the table of configurations."
     def find_spec(self, name, path=None, target=None):
         if name != _TABLE: return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)

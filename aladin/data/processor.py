@@ -28,7 +28,7 @@ class AladinProcessor(PushToHubMixin):
     "Tokenizer, lengths and text readers of a model: captions and tags in, the model's input out."
     def __init__(self,
         tokenizer:BertTokenizer, # from `load_tokenizer`
-        settings:DataSettings|None=None, # greatest lengths, and what reads tags and captions; the defaults when not given
+        settings:DataSettings|None=None, # greatest lengths, and what reads tags and captions; None: the defaults
         clip:ClipReader|None=None, # CLIP's text model, for settings that read with it; see `with_clip`
     ):
         self.tokenizer, self.settings, self.clip = tokenizer, settings or DataSettings(), clip
@@ -87,7 +87,7 @@ def save_pretrained(self:AladinProcessor,
     push_to_hub:bool=False, # upload the folder too
     **kwargs, # for `push_to_hub`, such as repo_id
 ):
-    "Write vocab.txt, the tokenizer's files of `transformers` and processor_config.json. CLIP is not copied, only named."
+    "Write vocab.txt, the tokenizer's files of transformers and processor_config.json. CLIP is named and not copied."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     self.tokenizer.save_pretrained(folder)
@@ -129,7 +129,8 @@ def captions(self:AladinProcessor,
     tokens:list|None=None, # their tokens, where they have been computed
 )->list: # for each caption int64 [tokens], or float32 [tokens, dim] from CLIP
     "What the model reads of captions."
-    if self.settings.caption_reader == "clip": return self.clip_reader("captions").captions(texts, self.settings.max_tokens)
+    if self.settings.caption_reader == "clip":
+        return self.clip_reader("captions").captions(texts, self.settings.max_tokens)
     return self.tokenize_captions(texts) if tokens is None else tokens
 
 @patch
@@ -138,7 +139,8 @@ def tags(self:AladinProcessor,
     tokens:list|None=None, # their tokens, where they have been computed
 )->list: # for each image int64 [tokens], or float32 [sentences, dim] from CLIP
     "What the model reads of tags."
-    if self.settings.tag_reader == "clip": return self.clip_reader("tags").tags(tags, self.settings.count_tags, self.max_tags)
+    if self.settings.tag_reader == "clip":
+        return self.clip_reader("tags").tags(tags, self.settings.count_tags, self.max_tags)
     return self.tokenize_tags(tags) if tokens is None else tokens
 
 # %% ../../nbs/data/06_processor.ipynb #98455b5d
@@ -148,7 +150,9 @@ def batch(self:AladinProcessor,
 )->Ragged: # int64 [total tokens], or float32 [total tokens, dim] from CLIP
     "Captions as one batch for the model; nothing is kept. Raises `InputError` for a caption without words."
     empty = [i for i, text in enumerate(texts) if not text.strip()]
-    if empty: raise InputError("captions", f"text {empty[0]}", "some words", "an empty text", "say what the picture shows")
+    if empty:
+        fix = "say what the picture shows"
+        raise InputError("captions", f"text {empty[0]}", "some words", "an empty text", fix)
     once = copy.copy(self)
     once.clip = copy.copy(self.clip)
     if once.clip is not None: once.clip.cache = None
@@ -159,7 +163,8 @@ def words(self:AladinProcessor,
     text:str, # a caption
 )->list: # of str
     "A caption's tokens as text, without the special ones."
-    if self.settings.caption_reader == "clip": return self.clip_reader("captions").pieces(text, self.settings.max_tokens)
+    if self.settings.caption_reader == "clip":
+        return self.clip_reader("captions").pieces(text, self.settings.max_tokens)
     return self.tokenizer.convert_ids_to_tokens(self.tokenize_captions([text])[0].tolist())[1:-1]
 
 # %% ../../nbs/data/06_processor.ipynb #4c7084c3

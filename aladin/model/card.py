@@ -9,6 +9,7 @@ __all__ = ['model_card']
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 from fastcore.basics import patch
 
 from ..files import InputError, read_json
@@ -17,14 +18,15 @@ from .authors import AladinModel # the class with its method from_original
 # %% ../../nbs/model/07_card.ipynb #a1762fa8
 def _figures(metrics):
     "The recalls of a run as a Markdown table, with data and provenance below it."
-    lines = ["| head | i2t R@1 | i2t R@5 | i2t R@10 | t2i R@1 | t2i R@5 | t2i R@10 | rsum |", "|---|" + "---:|"*7]
+    rows = []
     for head, found in metrics["heads"].items():
-        recalls = [found[way][f"r{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
-        lines.append(f"| {head} | " + " | ".join(f"{value:.1f}" for value in (*recalls, found["rsum"])) + " |")
-    made = metrics.get("made by", {})
-    lines += ["", f"Test set of `{metrics['data']}`: {metrics['images']:,} images, {metrics['captions']:,} captions. "
-              f"Configuration `{metrics['configuration']}`, seed {metrics['seed']}, commit `{(made.get('commit') or 'unknown')[:12]}`."]
-    return "\n".join(lines)
+        recalls = {f"{way} R@{k}": found[way][f"r{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)}
+        rows.append(dict(head=head) | recalls | dict(rsum=found["rsum"]))
+    commit = (metrics.get("made by", {}).get("commit") or "unknown")[:12]
+    size = f"{metrics['images']:,} images, {metrics['captions']:,} captions"
+    run = f"Configuration `{metrics['configuration']}`, seed {metrics['seed']}, commit `{commit}`."
+    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".1f")
+    return f"{table}\n\nTest set of `{metrics['data']}`: {size}. {run}"
 
 # %% ../../nbs/model/07_card.ipynb #0a3f416c
 _CARD = """---
@@ -34,8 +36,9 @@ tags: [image-text-retrieval, late-interaction, dual-encoder, aladin]
 ---
 # {name}
 
-An image-text retrieval model after ALADIN (ALign And DIstill Network, CBMI 2022): a BERT encoder of {layers} layers of width {width} reads captions, and separately the
-regions and tags of images. The alignment head compares tokens with regions by late interaction; the matching head compares one vector for each side.
+An image-text retrieval model after ALADIN (ALign And DIstill Network, CBMI 2022): a BERT encoder of {layers} layers of
+width {width} reads captions, and separately the regions and tags of images. The alignment head compares tokens with
+regions by late interaction; the matching head compares one vector for each side.
 
 ## Use
 
@@ -47,8 +50,9 @@ captions = model.encode_captions(["a red fish above a green cactus"])
 
 ## Input
 
-Images are region vectors of {region_dim} numbers, from the detector whose regions the model was trained with, at most {max_regions} for each image; tags and captions have at
-most {max_tokens} tokens of a vocabulary of {vocab_size:,}. Settings: {settings}.
+Images are region vectors of {region_dim} numbers, from the detector whose regions the model was trained with, at most
+{max_regions} for each image. Tags and captions have at most {max_tokens} tokens of a vocabulary of {vocab_size:,}.
+Settings: {settings}.
 
 ## Figures
 
@@ -56,34 +60,36 @@ most {max_tokens} tokens of a vocabulary of {vocab_size:,}. Settings: {settings}
 
 ## Limits
 
-The model reads regions, not pixels: with the regions of another detector its scores mean nothing. It knows the words and the objects of its training data. Recalls on other data
-will differ. It reproduces whatever bias its training data have.
+The model reads regions, not pixels: with the regions of another detector its scores mean nothing. It knows the words
+and the objects of its training data. Recalls on other data will differ. It reproduces the biases of its training data.
 """
 
 # %% ../../nbs/model/07_card.ipynb #1da3d549
 def model_card(
     model:AladinModel, # a trained model
     name:str, # heading of the card
-    metrics=None, # metrics.json of its run, a path or its content; without it the card says that there are no figures
+    metrics=None, # metrics.json of its run, a path or its content; None: the card has no figures
 )->str: # Markdown, with the front matter that the hub reads
-    "The description of a model: configuration, input, figures and limits. Raises `InputError` for a file that is no metrics."
+    "The card of a model: configuration, input, figures and limits. Raises `InputError` for a file that is no metrics."
     if metrics is not None and not isinstance(metrics, dict):
         path, metrics = metrics, read_json(metrics)
         if not isinstance(metrics, dict) or "heads" not in metrics:
-            raise InputError(path, "top level", "the metrics.json of a run", "other JSON", "name the file that aladin results wrote")
+            fix = "name the file that aladin results wrote"
+            raise InputError(path, "top level", "the metrics.json of a run", "other JSON", fix)
     c = model.config
     settings = ", ".join(f"{k} {v}" for k, v in vars(c.settings).items() if v not in ("", False))
     figures = _figures(metrics) if metrics else "None were recorded."
-    return _CARD.format(name=name.split("/")[-1], source=f"hub:{name}" if "/" in name else name, layers=c.num_hidden_layers, width=c.hidden_size,
-                        region_dim=c.region_dim, max_regions=c.max_regions, max_tokens=c.max_tokens, vocab_size=c.vocab_size,
-                        settings=settings, figures=figures)
+    source = f"hub:{name}" if "/" in name else name
+    sizes = {k: getattr(c, k) for k in ("region_dim", "max_regions", "max_tokens", "vocab_size")}
+    return _CARD.format(name=name.split("/")[-1], source=source, layers=c.num_hidden_layers, width=c.hidden_size,
+                        settings=settings, figures=figures, **sizes)
 
 # %% ../../nbs/model/07_card.ipynb #5200b0e2
 @patch
 def push_to_hub(self:AladinModel,
     repo_id:str, # owner/name on the hub
     metrics=None, # metrics.json of the run; beside the folder that the model was loaded from when not given
-    private:bool|None=None, # make a new repository private?
+    private:bool|None=None, # make a new repository private
     token=None, # of the hub; the one that `hf auth login` stored when not given
     commit_message:str="Upload an aladin model", # of the upload
 ): # what the hub answers

@@ -27,9 +27,9 @@ class AladinConfig(PreTrainedConfig):
     hidden_act:str = "gelu" # activation of the feed-forward part
     hidden_dropout_prob:float = 0.1 # dropout in the backbone
     attention_probs_dropout_prob:float = 0.1 # dropout of its attention weights
-    max_position_embeddings:int = 512 # longest text
-    type_vocab_size:int = 2 # segments
-    initializer_range:float = 0.02 # spread of random weights
+    max_position_embeddings:int = 512 # largest number of tokens in a sequence
+    type_vocab_size:int = 2 # number of segment embeddings
+    initializer_range:float = 0.02 # standard deviation of random weights
     layer_norm_eps:float = 1e-12 # LayerNorm's epsilon
     pad_token_id:int = 0 # row of the word table that stays zero
     region_dim:int = 2054 # numbers of a region vector, its six box numbers among them
@@ -66,7 +66,7 @@ class AladinConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, *args, **kwargs):
-        "As for every configuration; `AutoModel` and `AutoProcessor` know its classes afterwards."
+        "Make a configuration of a dict, and register the model's classes for `AutoModel` and `AutoProcessor`."
         auto.register_classes()
         return super().from_dict(*args, **kwargs)
 
@@ -99,9 +99,11 @@ def model_config(
     "The geometry that an experiment's configuration asks for."
     inputs = asdict(data)
     inputs.pop("captions_per_image") # of the data set, not of the model
-    sizes = dict(hidden_size=model.hidden_size, num_hidden_layers=model.layers, num_attention_heads=model.attention_heads,
-                 intermediate_size=model.intermediate_size, hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.dropout,
-                 region_layer_norm=model.region_layer_norm, matching_layers=model.matching_layers, head_dropout=model.dropout)
+    sizes = dict(
+        hidden_size=model.hidden_size, num_hidden_layers=model.layers, num_attention_heads=model.attention_heads,
+        intermediate_size=model.intermediate_size, hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout, region_layer_norm=model.region_layer_norm,
+        matching_layers=model.matching_layers, head_dropout=model.dropout)
     alignment = dict(aggregation=model.aggregation, drop_first_region=model.drop_first_region,
                      drop_last_word=model.drop_last_word, clamp=model.clamp)
     return AladinConfig(vocab_size=vocab_size, region_dim=region_dim, detic_dim=detic_dim, clip_dim=clip_dim,
@@ -115,7 +117,8 @@ def config_for_split(
     "The geometry that a configuration asks for on some data."
     regions, processor = split.regions, split.processor
     clip_dim = processor.clip.dim if processor.clip else 0
-    return model_config(config.model, config.data, len(processor.tokenizer), regions.dim, getattr(regions, "detic_dim", 0), clip_dim)
+    detic_dim = getattr(regions, "detic_dim", 0)
+    return model_config(config.model, config.data, len(processor.tokenizer), regions.dim, detic_dim, clip_dim)
 
 # %% ../../nbs/model/04_configuration.ipynb #8fed2813
 def check_geometry(
@@ -124,6 +127,8 @@ def check_geometry(
 ):
     "Raise `InputError` for a width that the attention heads do not divide."
     fix = "use the configuration that belongs to the model"
-    heads = {"attention heads": config.num_attention_heads, "attention heads of the matching head": config.matching_heads}
+    heads = {"attention heads": config.num_attention_heads}
+    heads["attention heads of the matching head"] = config.matching_heads
     for what, count in heads.items():
-        if config.hidden_size % count: raise InputError(path, "hidden_size", f"a multiple of the {count} {what}", config.hidden_size, fix)
+        if config.hidden_size % count:
+            raise InputError(path, "hidden_size", f"a multiple of the {count} {what}", config.hidden_size, fix)
