@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..files import InputError, report
 from ..config import DataSettings
@@ -26,14 +27,20 @@ from .detections import MergedRegions
 @dataclass
 class ImageBatch:
     "What the backbone reads of some images."
-    tags:Ragged # word pieces of the tags, int64 [total tokens], or CLIP's vectors, float32 [total sentences, clip_dim]
+    tags:Ragged # tokens of the tags, int64 [total tokens], or CLIP's vectors, float32 [total sentences, clip_dim]
     regions:Ragged # region vectors, float32 [total regions, region_dim]
-    def to(self, *args, **kwargs): return ImageBatch(self.tags.to(*args[:1], **kwargs), self.regions.to(*args, **kwargs))
-    def pin_memory(self): return ImageBatch(self.tags.pin_memory(), self.regions.pin_memory())
+
+    def to(self, *args, **kwargs):
+        "The batch on another device; a type is given to the regions alone."
+        return ImageBatch(self.tags.to(*args[:1], **kwargs), self.regions.to(*args, **kwargs))
+
+    def pin_memory(self):
+        "The batch in page-locked memory, which a GPU copies without waiting."
+        return ImageBatch(self.tags.pin_memory(), self.regions.pin_memory())
 
 # %% ../../nbs/data/08_splits.ipynb #272c9f7b
 class RetrievalSet:
-    "Images of one split with their captions and tags as word pieces."
+    "Images of one split with their captions and tags as tokens."
     def __init__(self,
         regions, # opened regions: `TsvRegions`, `RegionStore` or `MergedRegions`
         captions:dict, # image id -> captions
@@ -42,7 +49,8 @@ class RetrievalSet:
         cache=None, # folder that keeps the tokens, see `cached_tokens`
     ):
         if not captions:
-            raise InputError(path, "split", "at least one image", "an empty split", "check the caption file or the key file")
+            fix = "check the caption file or the key file"
+            raise InputError(path, "split", "at least one image", "an empty split", fix)
         missing = [i for i in captions if i not in regions]
         if missing:
             fix = "extract their regions, or leave them out of the split by a key file"
@@ -72,55 +80,69 @@ class RetrievalSet:
         "The processor's settings."
         return self.processor.settings
 
-    def __len__(self): return len(self.captions)
-
     @cached_property
     def fingerprint(self)->str: # hexadecimal
-        "Changes with the images, their regions, the texts as they are read, and the settings."
-        h = hashlib.sha256(json.dumps([self.image_ids, self.captions, self.caption_image.tolist(), asdict(self.settings), *(getattr(o, "fingerprint", "") for o in (self.regions, self.processor.clip))]).encode())
-        for tokens in (*self.caption_tokens, *self.tag_tokens): h.update(tokens.tobytes())
-        return h.hexdigest()
+        "A digest of the images, their regions, the texts as they are read, and the settings."
+        return self._digest()
 
-    @property
-    def caption_lengths(self)->np.ndarray: # int64 [captions]
-        "Tokens of each caption, special ones included."
-        return np.array([len(o) for o in self.caption_inputs])
+    def __len__(self): return len(self.captions)
 
-    @property
-    def tag_lengths(self)->np.ndarray: # int64 [images]
-        "Tokens of each image's tags, special ones included."
-        return np.array([len(o) for o in self.tag_inputs])
+# %% ../../nbs/data/08_splits.ipynb #6c50e0f1
+@patch
+def _digest(self:RetrievalSet):
+    "The fingerprint, computed."
+    sources = [getattr(o, "fingerprint", "") for o in (self.regions, self.processor.clip)]
+    about = [self.image_ids, self.captions, self.caption_image.tolist(), asdict(self.settings), *sources]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for tokens in (*self.caption_tokens, *self.tag_tokens): digest.update(tokens.tobytes())
+    return digest.hexdigest()
 
-    def caption_words(self,
-        caption:int, # caption number
-    )->list: # strings
-        "The word pieces of a caption as its reader splits it, without the special ones."
-        return self.processor.words(self.captions[caption])
+# %% ../../nbs/data/08_splits.ipynb #e7226671
+@patch(as_prop=True)
+def caption_lengths(self:RetrievalSet)->np.ndarray: # int64 [captions]
+    "Number of tokens of each caption, special tokens included."
+    return np.array([len(o) for o in self.caption_inputs])
 
-    @property
-    def region_counts(self)->np.ndarray: # int64 [images]
-        "Regions of each image that are used."
-        return np.array([min(self.regions.num_regions(i), self.settings.max_regions) for i in self.image_ids])
+@patch(as_prop=True)
+def tag_lengths(self:RetrievalSet)->np.ndarray: # int64 [images]
+    "Number of tokens of each image's tags, special tokens included."
+    return np.array([len(o) for o in self.tag_inputs])
 
-    def image_batch(self,
-        rows, # image numbers, 0 for the split's first
-        pin:bool=False, # regions into memory that a GPU copies from without waiting
-    )->ImageBatch:
-        "Tags and regions of some images."
-        vectors = [np.asarray(self.regions.features(self.image_ids[r])[:self.settings.max_regions], dtype=np.float32) for r in rows]
-        return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors, pin))
+@patch(as_prop=True)
+def region_counts(self:RetrievalSet)->np.ndarray: # int64 [images]
+    "Number of regions of each image that the model reads."
+    return np.array([min(self.regions.num_regions(i), self.settings.max_regions) for i in self.image_ids])
 
-    def caption_batch(self,
-        rows, # caption numbers
-    )->Ragged: # int64 [total tokens], or float32 [total tokens, clip_dim]
-        "Word pieces of some captions, or CLIP's vectors of them."
-        return Ragged.stack([self.caption_inputs[r] for r in rows])
+@patch
+def caption_words(self:RetrievalSet,
+    caption:int, # caption number
+)->list: # of str
+    "The tokens of a caption as text, without the special tokens."
+    return self.processor.words(self.captions[caption])
+
+# %% ../../nbs/data/08_splits.ipynb #623baf0a
+@patch
+def image_batch(self:RetrievalSet,
+    rows, # image numbers, 0 for the split's first
+    pin:bool=False, # regions in page-locked memory, which a GPU copies without waiting
+)->ImageBatch:
+    "Tags and regions of some images."
+    most = self.settings.max_regions
+    vectors = [np.asarray(self.regions.features(self.image_ids[r])[:most], dtype=np.float32) for r in rows]
+    return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors, pin))
+
+@patch
+def caption_batch(self:RetrievalSet,
+    rows, # caption numbers
+)->Ragged: # int64 [total tokens], or float32 [total tokens, clip_dim]
+    "Tokens of some captions, or CLIP's vectors of them."
+    return Ragged.stack([self.caption_inputs[r] for r in rows])
 
 # %% ../../nbs/data/08_splits.ipynb #16dad51c
 def captions_left_out(
     data:RetrievalSet, # an opened split
 )->str: # empty where all captions are used
-    "How many captions the settings leave out, in words."
+    "A sentence about the captions that the settings leave out."
     if not data.captions_left_out: return ""
     total = len(data) + data.captions_left_out
     return (f"first {data.settings.captions_per_image} of each image's captions are used: {data.captions_left_out} of "
@@ -145,7 +167,7 @@ def regions_folder(
     data, # data folder
     features=None, # folder with the regions, where it is not the data's own
 )->Path:
-    "Where the regions of a data set are: in `features`, else in regions/ of the data folder, else in the data folder itself."
+    "The folder of a data set's regions: `features`, else regions/ of the data folder, else the data folder itself."
     if features is not None: return Path(features)
     return Path(data)/"regions" if (Path(data)/"regions").is_dir() else Path(data)
 
@@ -153,7 +175,7 @@ def regions_folder(
 def _with_regions(captions, regions, path):
     "The captions of images that have regions; images with an empty region set are reported and left out."
     empty = set(getattr(regions, "empty", ())) & set(captions)
-    if isinstance(regions, (RegionStore, TsvRegions)): report_empty(path, sorted(empty)) # merged regions have reported theirs
+    if isinstance(regions, (RegionStore, TsvRegions)): report_empty(path, sorted(empty)) # merged ones have reported it
     return {i: texts for i, texts in captions.items() if i not in empty}
 
 # %% ../../nbs/data/08_splits.ipynb #c09f37fd
@@ -188,26 +210,30 @@ def open_split(
     path = captions_file(data, split)
     captions = read_captions(path)
     processor = processor or AladinProcessor.from_pretrained(data)
-    opened = features if features is not None and not isinstance(features, (str, Path)) else open_regions(regions_folder(data, features))
+    is_folder = features is None or isinstance(features, (str, Path))
+    opened = open_regions(regions_folder(data, features)) if is_folder else features
     regions = merged_regions(data, opened, list(captions), processor.settings)
     if keys is not None: captions, path = _chosen(data, split, keys, captions, path)
     captions = _with_regions(captions, regions, path)
     cache = data/"tokens" if (data/"prepared.json").exists() else None
-    found = RetrievalSet(regions, captions, processor.with_clip(data, data/"clip_cache", progress), path, cache)
+    processor = processor.with_clip(data, data/"clip_cache", progress)
+    found = RetrievalSet(regions, captions, processor, path, cache)
     found.data, found.opened = data, dict(data=data, split=split, features=features, keys=keys)
     if left_out := captions_left_out(found): report(f"{path}: {left_out}")
     return found
 
 # %% ../../nbs/data/08_splits.ipynb #07ede5dd
+def _reads_alike(one, other):
+    "Whether two processors give a model the same input."
+    def inputs(processor): return replace(processor.settings, captions_per_image=1, clip="")
+    return one is other or one.vocabulary() == other.vocabulary() and inputs(one) == inputs(other)
+
 def for_processor(
     images:RetrievalSet, # a split
     processor:AladinProcessor, # of a model
-)->RetrievalSet:
-    "The split as `processor` reads it: itself where it was opened with the same settings and vocabulary, else opened again."
-    same = images.processor is processor or (
-        images.processor.vocabulary() == processor.vocabulary()
-        and replace(images.settings, captions_per_image=1, clip="") == replace(processor.settings, captions_per_image=1, clip=""))
-    if same: return images
+)->RetrievalSet: # itself where it was opened with the same settings and vocabulary, else opened again
+    "A split as a processor reads it. Raises `InputError` for another processor's split that no file was opened for."
+    if _reads_alike(images.processor, processor): return images
     if images.opened is None:
         fix = "make the split with the model's processor"
         raise InputError("split", "processor", repr(processor), repr(images.processor), fix)
@@ -215,14 +241,15 @@ def for_processor(
     return open_split(processor=AladinProcessor(processor.tokenizer, own, processor.clip), **images.opened)
 
 # %% ../../nbs/data/08_splits.ipynb #f0bdaa69
-_EVERY_CAPTION = 2**31 - 1
+_EVERY_CAPTION = 2**31 - 1 # `captions_per_image` that leaves nothing out
 
 def _captions_of_every_split(data):
-    "Captions of all splits. Those of an image that is in several splits follow one another, equal ones once."
+    "The captions of all splits: image id -> captions."
     captions = {}
-    for path in (data/f"{split}_captions.{ending}" for split in ("train", "minival", "test") for ending in ("json", "pt")):
-        for image, texts in (read_captions(path) if path.exists() else {}).items():
-            captions[image] = list(dict.fromkeys(captions.get(image, []) + texts)) if image in captions else texts
+    names = [f"{split}_captions.{ending}" for split in ("train", "minival", "test") for ending in ("json", "pt")]
+    for path in (data/name for name in names if (data/name).exists()):
+        for image, texts in read_captions(path).items():
+            captions[image] = list(dict.fromkeys(captions[image] + texts)) if image in captions else texts
     return captions
 
 # %% ../../nbs/data/08_splits.ipynb #1ba66b5b
@@ -231,7 +258,7 @@ def open_images(
     processor:AladinProcessor|None=None, # lengths and text readers; from the data's vocab.txt when not given
     features=None, # folder with the regions; when not given, see `regions_folder`
 )->RetrievalSet:
-    """Open every image of a data folder that has regions, with all of its captions. Captions without regions are reported.
+    """Open every image of a data folder that has regions, with all of its captions; captions without are reported.
 
     Raises `InputError` for a folder without regions, and as `open_split` does."""
     data, processor = Path(data), processor or AladinProcessor.from_pretrained(data)
@@ -244,37 +271,49 @@ def open_images(
         report(f"{data}: {len(without)} images with captions have no regions and are left out: {names}")
     regions = merged_regions(data, fast, fast.ids, processor.settings)
     chosen = {i: captions.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}
-    own = AladinProcessor(processor.tokenizer, replace(processor.settings, captions_per_image=_EVERY_CAPTION), processor.clip)
-    found = RetrievalSet(regions, chosen, own.with_clip(data), data)
+    settings = replace(processor.settings, captions_per_image=_EVERY_CAPTION)
+    own = AladinProcessor(processor.tokenizer, settings, processor.clip).with_clip(data)
+    found = RetrievalSet(regions, chosen, own, data)
     found.data = data
     return found
 
 # %% ../../nbs/data/08_splits.ipynb #ad3584f4
-def training_batches(
-    caption_image:np.ndarray, # image number of each caption, [captions]
-    batch_size:int, # captions a batch
-    seed:int, # fixes the order
-    epoch:int, # another order each epoch
-    allow_siblings:bool=True, # may two captions of one image meet by chance in a batch?
-    batch_captions:int=1, # captions of each image, side by side, as far as it has so many
-    order=None, # every caption number once, neighbours to be in one batch; by chance when not given
-)->list: # of int64 arrays of caption numbers
-    "The batches of one epoch; the last one may be smaller."
-    rng = np.random.default_rng([seed, epoch])
-    if order is None: order = rng.permutation(len(caption_image))
-    if batch_captions > 1:
-        order = order[np.argsort(caption_image[order], kind="stable")]
-        images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
-        groups = [o[i:i+batch_captions] for o in images for i in range(0, len(o), batch_captions)]
-        mixed,step = rng.permutation(len(groups)),batch_size//batch_captions
-        return [np.concatenate([groups[j] for j in mixed[i:i+step]]) for i in range(0, len(mixed), step)]
-    if allow_siblings: return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
+def _with_siblings(caption_image, order, batch_size, batch_captions, rng):
+    "Batches of images with several captions each, side by side."
+    order = order[np.argsort(caption_image[order], kind="stable")]
+    images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
+    groups = [o[i:i+batch_captions] for o in images for i in range(0, len(o), batch_captions)]
+    mixed,step = rng.permutation(len(groups)),batch_size//batch_captions
+    return [np.concatenate([groups[j] for j in mixed[i:i+step]]) for i in range(0, len(mixed), step)]
+
+def _without_siblings(caption_image, order, batch_size):
+    "Batches in which no image has two captions: each caption goes into the first batch that can take it."
     batches,seen = [],[]
     first_open = 0
     for caption in order:
         image,b = caption_image[caption],first_open
         while b < len(batches) and (len(batches[b]) == batch_size or image in seen[b]): b += 1
-        if b == len(batches): batches.append([]); seen.append(set())
-        batches[b].append(caption); seen[b].add(image)
+        if b == len(batches):
+            batches.append([])
+            seen.append(set())
+        batches[b].append(caption)
+        seen[b].add(image)
         while first_open < len(batches) and len(batches[first_open]) == batch_size: first_open += 1
     return [np.array(b) for b in batches]
+
+# %% ../../nbs/data/08_splits.ipynb #0d2c0bf0
+def training_batches(
+    caption_image:np.ndarray, # image number of each caption, [captions]
+    batch_size:int, # number of captions in a batch
+    seed:int, # fixes the order
+    epoch:int, # each epoch has another order
+    allow_siblings:bool=True, # whether two captions of one image may meet by chance in a batch
+    batch_captions:int=1, # captions of each image, side by side, as far as it has that many
+    order=None, # every caption number once, neighbours to be in one batch; a random order when not given
+)->list: # of int64 arrays of caption numbers
+    "The batches of one epoch; the last one may be smaller."
+    rng = np.random.default_rng([seed, epoch])
+    if order is None: order = rng.permutation(len(caption_image))
+    if batch_captions > 1: return _with_siblings(caption_image, order, batch_size, batch_captions, rng)
+    if allow_siblings: return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
+    return _without_siblings(caption_image, order, batch_size)

@@ -22,12 +22,14 @@ from ..files import atomic_write, describe_format, InputError, read_json, read_t
 # %% ../../nbs/data/03_text.ipynb #6372d191
 def load_torch_file(
     path, # a file written by torch.save, in the old or the zip format
-    allow:tuple=(), # classes let through besides tensors and plain containers
+    allow:tuple=(), # classes that are allowed besides tensors and plain containers
 ):
-    "Read a torch file without executing pickled code; raises `InputError` when it is missing, broken or hides code."
+    "Read a torch file without executing pickled code. Raises `InputError` when it is missing, broken or holds code."
     try:
-        with torch.serialization.safe_globals(list(allow)): return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise InputError(path, "file", "a torch file", "nothing there", "check the path") from None
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(path, "file", "a torch file", "nothing there", "check the path") from None
     except pickle.UnpicklingError as e:
         if "GLOBAL" in str(e):
             raise InputError(path, "pickled content", "tensors, lists, dicts, strings and numbers only", _refused(e),
@@ -126,12 +128,14 @@ def read_keys(
 # %% ../../nbs/data/03_text.ipynb #3254d169
 def captions_file(
     folder, # data folder
-    split:str, # train, minival or test
+    split:str, # train, minival (the authors' name of the validation split) or test
 )->Path:
-    "The caption file of a split, whichever of its two forms is there."
-    found = [p for p in (Path(folder)/f"{split}_captions.pt", Path(folder)/f"{split}_captions.json") if p.exists()]
-    if not found: raise InputError(Path(folder)/f"{split}_captions.pt", "file", "the captions of the split (.pt or .json)", "nothing there", "check the folder and the name of the split")
-    return found[0]
+    "The caption file of a split, .pt or .json. Raises `InputError` where there is neither."
+    names = [Path(folder)/f"{split}_captions{ending}" for ending in (".pt", ".json")]
+    for path in names:
+        if path.exists(): return path
+    expected,fix = "the captions of the split (.pt or .json)","check the folder and the name of the split"
+    raise InputError(names[0], "file", expected, "nothing there", fix)
 
 # %% ../../nbs/data/03_text.ipynb #410cb9a8
 def load_tokenizer(
@@ -151,11 +155,14 @@ def load_tokenizer(
 # %% ../../nbs/data/03_text.ipynb #12acf183
 def build_vocabulary(
     texts, # captions and tags of the training split
-    min_count:int=2, # rarer words are spelt in letters
-)->list: # word pieces, one a line of vocab.txt
-    "A plain vocabulary for data that comes without one: frequent words whole, all letters for the rest."
-    splitter,counts = BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True).backend_tokenizer,Counter()
-    for text in texts: counts.update(w for w,_ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
+    min_count:int=2, # words that are rarer are split into letters
+)->list: # tokens, the lines of vocab.txt
+    "A vocabulary for data that comes without one: frequent words, and all letters for the rest."
+    splitter = BertTokenizer(vocab={"[UNK]": 0}, do_lower_case=True).backend_tokenizer
+    counts = Counter()
+    for text in texts:
+        words = splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text))
+        counts.update(word for word,_ in words)
     letters = sorted({c for w in counts for c in w})
     words = [w for w,n in sorted(counts.items(), key=lambda o: (-o[1], o[0])) if n >= min_count and len(w) > 1]
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *["##" + c for c in letters], *words]
@@ -167,27 +174,34 @@ def tokenize(
     max_tokens:int, # longest result, special tokens included
     first:str="[CLS]", # first token: [CLS] for captions, [UNK] for images
 )->list: # int64 arrays [tokens]
-    "Word pieces of each text between `first` and [SEP], cut to `max_tokens`."
+    "The tokens of each text between `first` and [SEP], cut to `max_tokens`."
     start,end = tokenizer.convert_tokens_to_ids([first, "[SEP]"])
-    pieces = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if len(texts) else []
-    return [np.array([start, *o[:max_tokens-2], end], dtype=np.int64) for o in pieces]
+    if not len(texts): return []
+    found = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [np.array([start, *o[:max_tokens-2], end], dtype=np.int64) for o in found]
 
 # %% ../../nbs/data/03_text.ipynb #80a05120
+def _tokens_file(folder, *values):
+    "The file of tokens in a folder; its name is a digest of all that the tokens depend on."
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return Path(folder)/f"{digest[:20]}.safetensors"
+
 def cached_tokens(
-    folder, # where they are kept, a file for each list of texts, vocabulary, length and first token; none: nowhere
+    folder, # where tokens are kept; None: nowhere
     tokenizer:BertTokenizer, # from `load_tokenizer`
     texts:list, # as for `tokenize`
     max_tokens:int, # as for `tokenize`
     first:str="[CLS]", # as for `tokenize`
 )->list: # int64 arrays [tokens]
-    "`tokenize`, but once per data set. A folder that cannot be written is done without."
+    "`tokenize`, with a file that keeps the result. In a folder that cannot be written nothing is kept."
     if not folder or not len(texts): return tokenize(tokenizer, texts, max_tokens, first)
-    path = Path(folder)/f"{hashlib.sha256(json.dumps([list(texts), tokenizer.get_vocab(), max_tokens, first], sort_keys=True).encode()).hexdigest()[:20]}.safetensors"
+    path = _tokens_file(folder, list(texts), tokenizer.get_vocab(), max_tokens, first)
     try:
         kept = load_file(path)
         return np.split(kept["values"], kept["lengths"].cumsum()[:-1])
     except (OSError, SafetensorError): tokens = tokenize(tokenizer, texts, max_tokens, first)
+    arrays = dict(values=np.concatenate(tokens), lengths=np.array([len(o) for o in tokens]))
     try:
-        with atomic_write(path) as part: save_file(dict(values=np.concatenate(tokens), lengths=np.array([len(o) for o in tokens])), part)
+        with atomic_write(path) as part: save_file(arrays, part)
     except OSError: pass
     return tokens
