@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'recall_study', 'plot_recall', 'write_study']
 
-# %% ../../nbs/search/06_study.ipynb #90ca302c
+# %% ../../nbs/search/06_study.ipynb #211ba2a7
 import time
 from pathlib import Path
 
@@ -20,31 +20,51 @@ from ..evaluation.embeddings import encode_split
 from ..evaluation.metrics import ranks_metrics, retrieval_ranks
 from .index import SearchIndex
 
-
-# %% ../../nbs/search/06_study.ipynb #58715944
-CANDIDATES = (1, 5, 10, 20, 50, 100, 200)
+# %% ../../nbs/search/06_study.ipynb #fc4e036d
+_NOT_FOUND = 2**31 # place of a right answer that is not among the candidates
 
 def _places(answers, right, candidates):
-    "For each query and each number of candidates the place of the first right answer, from 0, or a large number: [queries, candidates]."
-    out = np.full((len(answers), len(candidates)), 2**31)
+    "Place of the first right answer from 0, or `_NOT_FOUND`, for each number of candidates: [queries, candidates]."
+    out = np.full((len(answers), len(candidates)), _NOT_FOUND)
     for q,hits in enumerate(answers):
-        order = sorted(hits, key=lambda h: -h.matching) # equal ones stay as the alignment head has them
+        order = sorted(hits, key=lambda h: -h.matching) # hits of the same matching score stay in the alignment order
         for c,k in enumerate(candidates):
             ranked = sorted(order[:k], key=lambda h: -h.score)
-            out[q, c] = next((place for place,h in enumerate(ranked) if h.image_id == right[q]), 2**31)
+            out[q, c] = next((place for place,h in enumerate(ranked) if h.image_id == right[q]), _NOT_FOUND)
     return out
 
-# %% ../../nbs/search/06_study.ipynb #d8b4b70b
-def _milliseconds(search, queries, k, least=10):
-    "Median and 99th percentile of the time of one query at a time."
+# %% ../../nbs/search/06_study.ipynb #8c24168b
+def _all_places(search_many, queries, right, candidates, batch=256):
+    "As `_places`, for queries that are searched in batches: hits take more memory than places."
+    parts = []
+    for at in range(0, len(queries), batch):
+        parts.append(_places(search_many(queries[at:at+batch]), right[at:at+batch], candidates))
+    return np.concatenate(parts)
+
+# %% ../../nbs/search/06_study.ipynb #7cbb059c
+def _milliseconds(search, queries, k, answers=10):
+    "Median and 99th percentile of the time of one query, with k candidates and at most `answers` answers."
     took = []
     for q in queries:
         start = time.perf_counter()
-        search(q, k=min(k, least), rerank=k)
+        search(q, k=min(k, answers), rerank=k)
         took.append(1000*(time.perf_counter() - start))
     return np.percentile(took, [50, 99])
 
-# %% ../../nbs/search/06_study.ipynb #5a4bdf75
+# %% ../../nbs/search/06_study.ipynb #30c3442a
+def _row(way, k, places, times, full):
+    "One row of the table: recall, its share of the full head's, and the time of a query."
+    recall = {at: 100*float((places < at).mean()) for at in (1, 5, 10)}
+    row = dict(way=way, candidates=k) | {f"R@{at}": value for at,value in recall.items()}
+    for at in (1, 10):
+        limit = full[f"r{at}"]
+        row[f"R@{at} share"] = 100*recall[at]/limit if limit else float("nan")
+    row["right one found"] = 100*float((places < _NOT_FOUND).mean())
+    return row | {"median ms": times[0], "p99 ms": times[1]}
+
+# %% ../../nbs/search/06_study.ipynb #ab944d3a
+CANDIDATES = (1, 5, 10, 20, 50, 100, 200)
+
 def recall_study(
     index:SearchIndex, # of the split
     test:RetrievalSet, # the split
@@ -55,76 +75,102 @@ def recall_study(
     "Recall of two-stage search, in percent, its share of the full alignment head's, and the milliseconds of a query."
     full = ranks_metrics(*retrieval_ranks(encode_split(index.model, test, progress=False), "alignment"))
     captions = [test.image_ids[i] for i in test.caption_image]
-    most,rows,draw = max(candidates),[],np.random.default_rng(seed)
-    ways = dict(t2i=(index.search, test.captions, captions, lambda some: index.search_all(some, k=most, rerank=most)),
-                i2t=(index.search_captions, test.image_ids, test.image_ids, lambda some: [index.search_captions(i, k=most, rerank=most) for i in some]))
-    for way,(search,queries,right,search_some) in ways.items():
-        places = np.concatenate([_places(search_some(queries[at:at+256]), right[at:at+256], candidates) for at in range(0, len(queries), 256)])
-        sample = [queries[i] for i in draw.choice(len(queries), min(timed, len(queries)), replace=False)]
+    most, rows, draw = max(candidates), [], np.random.default_rng(seed)
+    def find_images(some): return index.search_all(some, k=most, rerank=most)
+    def find_captions(some): return [index.search_captions(i, k=most, rerank=most) for i in some]
+    ways = dict(t2i=(index.search, find_images, test.captions, captions),
+                i2t=(index.search_captions, find_captions, test.image_ids, test.image_ids))
+    for way,(search,search_many,queries,right) in ways.items():
+        places = _all_places(search_many, queries, right, candidates)
+        chosen = draw.choice(len(queries), min(timed, len(queries)), replace=False)
+        sample = [queries[i] for i in chosen]
         for c,k in enumerate(candidates):
-            recall = {n: 100*float((places[:, c] < n).mean()) for n in (1, 5, 10)}
-            median,slowest = _milliseconds(search, sample, k)
-            rows.append(dict(way=way, candidates=k, **{f"R@{n}": v for n,v in recall.items()}, **{f"R@{n} share": 100*recall[n]/full[way][f"r{n}"] if full[way][f"r{n}"] else float("nan") for n in (1, 10)},
-                             **{"right one found": 100*float((places[:, c] < 2**31).mean()), "median ms": median, "p99 ms": slowest}))
-    return pd.DataFrame(rows),full
+            rows.append(_row(way, k, places[:, c], _milliseconds(search, sample, k), full[way]))
+    return pd.DataFrame(rows), full
 
-# %% ../../nbs/search/06_study.ipynb #c768a90c
+# %% ../../nbs/search/06_study.ipynb #2cd7d362
 _LINES = dict(t2i=("#0072B2", "o", "text to image"), i2t=("#D55E00", "s", "image to text"))
 
+def _style_axes(axes, ticks):
+    "Logarithmic axes of the candidates, without frames."
+    for ax in axes:
+        ax.set(xscale="log", xlabel="candidates", xticks=ticks, xticklabels=ticks)
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+
+# %% ../../nbs/search/06_study.ipynb #e5843ece
 def plot_recall(
     table:pd.DataFrame, # from `recall_study`
     full:dict, # the full alignment head's metrics
-)->Figure:
-    "R@1 and R@10 over the number of candidates, the full alignment head dashed; on the right the time of a query."
-    figure,axes = plt.subplots(1, 3, figsize=(9, 3), dpi=90, layout="constrained")
+)->Figure: # three charts: R@1, R@10 and milliseconds, over the number of candidates
+    "Plot R@1 and R@10 over the number of candidates, the full alignment head dashed, and the time of a query."
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), dpi=90, layout="constrained")
     for way,(colour,marker,name) in _LINES.items():
         rows = table[table["way"] == way]
+        look = dict(color=colour, marker=marker, markersize=4)
         for ax,n in zip(axes, (1, 10)):
-            ax.plot(rows["candidates"], rows[f"R@{n}"], color=colour, marker=marker, markersize=4, label=name)
+            ax.plot(rows["candidates"], rows[f"R@{n}"], label=name, **look)
             ax.axhline(full[way][f"r{n}"], color=colour, linestyle="--", linewidth=1)
             ax.set(title=f"R@{n}", ylabel="percent")
-        axes[2].plot(rows["candidates"], rows["median ms"], color=colour, marker=marker, markersize=4)
+        axes[2].plot(rows["candidates"], rows["median ms"], **look)
     axes[2].set(title="time of a query", ylabel="milliseconds (median)", ylim=(0, None))
-    for ax in axes:
-        ax.set(xscale="log", xlabel="candidates", xticks=(ticks := sorted(table["candidates"].unique())), xticklabels=ticks)
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=2, title="dashed: full alignment head", title_fontsize=8)
+    _style_axes(axes, sorted(table["candidates"].unique()))
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize=9, loc="outside lower center", ncols=2,
+                  title="dashed: full alignment head", title_fontsize=8)
     plt.close(figure)
     return figure
 
-# %% ../../nbs/search/06_study.ipynb #9d18d91c
+# %% ../../nbs/search/06_study.ipynb #3339bf90
+def _markdown_rows(table, facts):
+    "The table as text, with a row for the full alignment head after each direction."
+    rows = []
+    for way,part in table.groupby("way", sort=False):
+        for row in part.to_dict("records"):
+            texts = {k: f"{v:.2f}" if k.endswith("ms") else f"{v:.1f}" for k,v in row.items() if k != "way"}
+            rows.append(texts | dict(way=way, candidates=str(row["candidates"])))
+        recall = {f"R@{n}": f"{facts['full'][way][f'r{n}']:.1f}" for n in (1, 5, 10)}
+        shares = {k: "100" for k in ("R@1 share", "R@10 share", "right one found")}
+        rows.append(dict(way=way, candidates="all (full head)", **recall, **shares) | {"median ms": "-", "p99 ms": "-"})
+    return pd.DataFrame(rows, columns=table.columns)
+
+# %% ../../nbs/search/06_study.ipynb #cca09219
+def _markdown(table, facts):
+    "The text of search.md: what was searched, the table, how it was made."
+    made = facts["made by"]
+    threads, processor = made["machine"]["threads"], made["machine"]["processor"]
+    text = _markdown_rows(table, facts)
+    align = ["left"] + ["right"]*(len(text.columns) - 1)
+    head = (f"Two-stage search on {facts['data']}: {facts['images']} images, {facts['captions']} captions. Shares are "
+            "of the full alignment head's recall, in percent. One query at a time, encoding of the text included, "
+            f"exact engine, {threads} thread{'s' if threads > 1 else ''} of {processor}.")
+    sizes, commit = facts["bytes"], made["commit"][:10] if made["commit"] else "unknown"
+    foot = (f"An image takes {sizes['vector']:,.0f} bytes of vector and {sizes['region_set']:,.0f} of region set with "
+            f"boxes. Commit {commit}, seed {made['seed']}, {made['date']}, {facts['seconds']:.0f} s.")
+    body = text.to_markdown(index=False, colalign=align, disable_numparse=True)
+    return f"{head}\n\n{body}\n\n{foot}\n"
+
+# %% ../../nbs/search/06_study.ipynb #c5d195b5
 def write_study(
     out, # folder for search.md, search.csv, search.json and search.png
     index:SearchIndex, # of the split
     test:RetrievalSet, # the split
     name:str, # of the data, for the table
-    about:dict, # what is told of the model
+    about:dict, # what is reported of the model
     record:dict, # commit, seed, versions and machine, see `aladin.runs.record.provenance`
     seed:int=0, # chooses the queries that are timed
-)->pd.DataFrame:
-    "Make the study and write it with its figure."
+)->pd.DataFrame: # the table
+    "Run `recall_study` and write its table, its figure and its circumstances."
     start = time.perf_counter()
-    table,full = recall_study(index, test, seed=seed)
-    out,vectors,sets = Path(out),*index.sizes()
-    facts = dict(data=name, images=len(index), captions=len(test), full=full, bytes=dict(vector=vectors/len(index), region_set=sets/len(index)), model=about,
-                 seconds=round(time.perf_counter() - start, 1), **{"made by": record})
+    table, full = recall_study(index, test, seed=seed)
+    seconds = round(time.perf_counter() - start, 1)
+    out = Path(out)
+    vectors, sets = index.sizes()
+    sizes = dict(vector=vectors/len(index), region_set=sets/len(index))
+    facts = dict(data=name, images=len(index), captions=len(test), full=full, bytes=sizes, model=about,
+                 seconds=seconds, **{"made by": record})
     write_json(out/"search.json", facts)
     with atomic_write(out/"search.csv") as part: table.to_csv(part, index=False, float_format="%.4f")
     with atomic_write(out/"search.md") as part: part.write_text(_markdown(table, facts), encoding="utf-8")
     with atomic_write(out/"search.png") as part: plot_recall(table, full).savefig(part, format="png", dpi=160)
     return table
-
-# %% ../../nbs/search/06_study.ipynb #1e621bf0
-def _markdown(table, facts):
-    "The table, the full head in its last rows."
-    m,columns = facts["made by"],["R@1", "R@5", "R@10", "R@1 share", "R@10 share", "right one found", "median ms", "p99 ms"]
-    lines = [f"Two-stage search on {facts['data']}: {facts['images']} images, {facts['captions']} captions. Shares are of the full alignment head's recall, in percent. One query at a time, encoding of the text included, "
-             f"exact engine, {m['machine']['threads']} thread{'s' if m['machine']['threads'] > 1 else ''} of {m['machine']['processor']}.", "",
-             "| way | candidates | " + " | ".join(columns) + " |", "|---|---:|" + "---:|"*len(columns)]
-    for way,rows in table.groupby("way", sort=False):
-        lines += [f"| {way} | {r['candidates']} | " + " | ".join(f"{r[c]:.2f}" if c.endswith("ms") else f"{r[c]:.1f}" for c in columns) + " |" for _,r in rows.iterrows()]
-        f = facts["full"][way]
-        lines.append(f"| {way} | all (full head) | {f['r1']:.1f} | {f['r5']:.1f} | {f['r10']:.1f} | 100 | 100 | 100 | - | - |")
-    lines += ["", f"A picture takes {facts['bytes']['vector']:,.0f} bytes of vector and {facts['bytes']['region_set']:,.0f} of region set with boxes. Commit {m['commit'][:10] if m['commit'] else 'unknown'}, seed {m['seed']}, {m['date']}, {facts['seconds']:.0f} s."]
-    return "\n".join(lines) + "\n"
