@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['export_hdf5', 'export_parquet', 'export_onnx']
 
-# %% ../../nbs/search/05_export.ipynb #a598e812
+# %% ../../nbs/search/05_export.ipynb #4c457f49
 import logging, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,161 +21,221 @@ from ..model.backbone import transformer_layer
 from .index import SearchIndex
 from .onnx import OnnxCaptions
 
-# %% ../../nbs/search/05_export.ipynb #ad3439b7
+# %% ../../nbs/search/05_export.ipynb #f7b9e032
 def _package(name):
+    "Import an optional package. Raises `InputError` if it is not installed."
     try: return __import__(name)
-    except ImportError: raise InputError("export", "package", name, "not installed", "pip install 'aladin[export]'") from None
+    except ImportError:
+        raise InputError("export", "package", name, "not installed", "pip install 'aladin[export]'") from None
 
-# %% ../../nbs/search/05_export.ipynb #d1aa5730
+# %% ../../nbs/search/05_export.ipynb #e4dc1b03
 def _append(group, name, values, **options):
-    "Append rows to a dataset of a group, which is made at first."
+    "Append rows to a dataset of an HDF5 group; create the dataset if it does not exist."
     values = np.asarray(values, dtype=options.get("dtype"))
-    if name not in group: group.create_dataset(name, shape=(0, *values.shape[1:]), maxshape=(None, *values.shape[1:]), chunks=True, **{"dtype": values.dtype, **options})
+    if name not in group:
+        options = {"dtype": values.dtype, **options}
+        shape = values.shape[1:]
+        group.create_dataset(name, shape=(0, *shape), maxshape=(None, *shape), chunks=True, **options)
     data = group[name]
     data.resize(len(data) + len(values), axis=0)
     data[len(data) - len(values):] = values
 
-# %% ../../nbs/search/05_export.ipynb #6c581cdb
+# %% ../../nbs/search/05_export.ipynb #31a4c8d9
 def export_hdf5(
     index:SearchIndex, # what to export
     path, # .h5 file to write
 ):
-    "images/ and captions/, each with ids, vectors [items, dim], sets [total, dim] (float16) and offsets [items + 1]; captions with image_ids and texts."
+    """Write the groups images and captions, each with ids, vectors, sets and offsets.
+
+    vectors are [items, dim] in float32, sets [total, dim] in float16, offsets [items + 1] in int64. The group captions
+    has also image_ids and texts. Raises `InputError` if h5py is not installed."""
     h5py = _package("h5py")
     text = h5py.string_dtype()
     with atomic_write(path) as part, h5py.File(part, "w") as f:
         f.attrs["model"] = index.info["model"]
         for kind,store in index.stores.items():
-            group,end = f.create_group(kind),0
+            group, end = f.create_group(kind), 0
             _append(group, "offsets", np.zeros(1, np.int64))
             for rows in store.live():
+                ends = end + rows.lengths.cumsum()
+                end = int(ends[-1])
                 _append(group, "ids", rows.ids, dtype=text)
                 _append(group, "vectors", rows.vectors)
                 _append(group, "sets", rows.sets.astype(np.float16))
-                _append(group, "offsets", (ends := end + rows.lengths.cumsum()))
-                end = int(ends[-1])
+                _append(group, "offsets", ends)
                 if kind == "captions":
                     _append(group, "image_ids", rows.owners, dtype=text)
                     _append(group, "texts", rows.texts, dtype=text)
 
-# %% ../../nbs/search/05_export.ipynb #a852d381
+# %% ../../nbs/search/05_export.ipynb #6d72d465
+def _parquet_table(rows, schema):
+    "The rows of one segment as a table."
+    import pyarrow as pa
+    values = pa.array(np.asarray(rows.vectors).reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(values, schema.field("vector").type.list_size)
+    columns = dict(id=pa.array(rows.ids), image_id=pa.array(rows.owners), text=pa.array(rows.texts), vector=vectors)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+# %% ../../nbs/search/05_export.ipynb #51d4ac25
 def export_parquet(
     index:SearchIndex, # what to export
-    folder, # images.parquet and, where there are captions, captions.parquet go here
+    folder, # images.parquet and captions.parquet go here
 ):
-    "A row an image (id, vector) and a row a caption (id, image_id, text, vector)."
+    """Write a row for each image (id, vector) and a row for each caption (id, image_id, text, vector).
+
+    Raises `InputError` if pyarrow is not installed."""
     _package("pyarrow")
     import pyarrow as pa, pyarrow.parquet as pq
-    vector = pa.list_(pa.float32(), index.info["dim"])
-    schemas = dict(images=pa.schema(dict(id=pa.string(), vector=vector)), captions=pa.schema(dict(id=pa.string(), image_id=pa.string(), text=pa.string(), vector=vector)))
-    for kind,schema in schemas.items():
-        schema = schema.with_metadata({"aladin.model": index.info["model"]})
+    text, vector = pa.string(), pa.list_(pa.float32(), index.info["dim"])
+    fields = dict(images=dict(id=text, vector=vector),
+                  captions=dict(id=text, image_id=text, text=text, vector=vector))
+    for kind,columns in fields.items():
+        schema = pa.schema(columns).with_metadata({"aladin.model": index.info["model"]})
         with atomic_write(Path(folder)/f"{kind}.parquet") as part, pq.ParquetWriter(part, schema) as writer:
-            for rows in index.stores[kind].live():
-                columns = dict(id=rows.ids, image_id=rows.owners, text=rows.texts, vector=pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(rows.vectors).reshape(-1)), index.info["dim"]))
-                writer.write_table(pa.table([pa.array(columns[n]) if n != "vector" else columns[n] for n in schema.names], schema=schema))
+            for rows in index.stores[kind].live(): writer.write_table(_parquet_table(rows, schema))
 
-# %% ../../nbs/search/05_export.ipynb #7eebee7a
-class _One:
-    "Stands for a `Layout` of one sequence."
+# %% ../../nbs/search/05_export.ipynb #4006025a
+class _OneSequence:
+    "The attention of one sequence, in the place of a `Layout` of several."
     def attend(self, query, key, value, heads, dropout=0.0):
-        spread = lambda x: x.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
-        return F.scaled_dot_product_attention(spread(query), spread(key), spread(value))[0].transpose(0, 1).flatten(1)
+        def split(x): return x.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+        found = F.scaled_dot_product_attention(split(query), split(key), split(value))
+        return found[0].transpose(0, 1).flatten(1)
 
-# %% ../../nbs/search/05_export.ipynb #b96090f3
+# %% ../../nbs/search/05_export.ipynb #32ae9676
 class _OneCaption(nn.Module):
-    "The caption side of a model for one caption: tokens [length] to vector [dim] and words [words, dim]."
+    "The caption side of a model for one caption: tokens [length] to a vector [dim] and a token set [tokens, dim]."
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, tokens):
-        m,c,one = self.model,self.model.config,_One()
-        x = m.backbone.embeddings(input_ids=tokens[None], token_type_ids=torch.zeros_like(tokens)[None], position_ids=torch.arange(tokens.shape[0], device=tokens.device)[None])[0]
-        for layer in m.backbone.encoder.layer: x = transformer_layer(layer, x, one, c.num_attention_heads, 0.0)
+        m, config, one = self.model, self.model.config, _OneSequence()
+        length = tokens.shape[0]
+        places = torch.arange(length, device=tokens.device)[None]
+        types = torch.zeros_like(tokens)[None]
+        x = m.backbone.embeddings(input_ids=tokens[None], token_type_ids=types, position_ids=places)[0]
+        for layer in m.backbone.encoder.layer: x = transformer_layer(layer, x, one, config.num_attention_heads, 0.0)
         coarse = x
         for layer in m.matching.layers: coarse = layer(coarse, one)
-        if c.alignment_layers:
+        if config.alignment_layers:
             for layer in m.alignment_layers[0].layers: x = layer(x, one)
-        return F.normalize(coarse[0], dim=-1),F.normalize(x[1:tokens.shape[0] - 1 - int(c.drop_last_word)], dim=-1)
+        last = length - 1 - int(config.drop_last_word)
+        return F.normalize(coarse[0], dim=-1), F.normalize(x[1:last], dim=-1)
 
-# %% ../../nbs/search/05_export.ipynb #05601744
+# %% ../../nbs/search/05_export.ipynb #ff70c2fc
 def _check_exportable(config):
-    for key,plain in dict(depth_alignment="none", depth_matching="none", caption_reader="words").items():
-        if (found := getattr(config, key)) != plain: raise InputError("export", key, f"{plain}: the models that can be exported as ONNX", found, "export vectors alone (--format hdf5 parquet), or another model")
+    "Raise `InputError` for a model whose caption encoder cannot be exported as ONNX."
+    supported = dict(depth_alignment="none", depth_matching="none", caption_reader="words")
+    for key,plain in supported.items():
+        found = getattr(config, key)
+        if found == plain: continue
+        expected = f"{plain}: the models that can be exported as ONNX"
+        fix = "export vectors alone (--format hdf5 parquet), or another model"
+        raise InputError("export", key, expected, found, fix)
 
-# %% ../../nbs/search/05_export.ipynb #f5f44b05
-def _to_onnx(model, path):
-    "Write the encoder; its length is free, from one word to the longest."
-    _package("onnx"),_package("onnxscript")
-    length = torch.export.Dim("length", min=3, max=model.config.max_tokens)
-    quiet = [logging.getLogger(n) for n in ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
-    before = [o.level for o in quiet]
-    for o in quiet: o.setLevel(logging.ERROR)
+# %% ../../nbs/search/05_export.ipynb #4448cf69
+@contextmanager
+def _quiet(*names):
+    "Silence warnings, and loggers below the level ERROR, inside a `with` block."
+    loggers = [logging.getLogger(name) for name in names]
+    before = [o.level for o in loggers]
+    for o in loggers: o.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(_OneCaption(model).eval(), (torch.arange(6) % model.config.vocab_size,), str(path), input_names=["tokens"], output_names=["vector", "words"],
-                              dynamic_shapes=({0: length},), dynamo=True, external_data=False, verbose=False)
+            yield
     finally:
-        for o,level in zip(quiet, before): o.setLevel(level)
+        for o,level in zip(loggers, before): o.setLevel(level)
 
-# %% ../../nbs/search/05_export.ipynb #d7e79a60
+# %% ../../nbs/search/05_export.ipynb #28a3a2c2
+def _to_onnx(model, path):
+    "Write the caption encoder, for inputs of any length that the model allows."
+    for name in ("onnx", "onnxscript"): _package(name)
+    length = torch.export.Dim("length", min=3, max=model.config.max_tokens)
+    example = torch.arange(6) % model.config.vocab_size
+    with _quiet("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir"), torch.no_grad():
+        torch.onnx.export(
+            _OneCaption(model).eval(), (example,), str(path), input_names=["tokens"], output_names=["vector", "words"],
+            dynamic_shapes=({0: length},), dynamo=True, external_data=False, verbose=False)
+
+# %% ../../nbs/search/05_export.ipynb #5fd77aaa
 def _largest_difference(model, onnx, texts):
-    "Between torch's vectors and word sets and ONNX's, over some texts."
+    "The largest difference between the vectors and token sets of PyTorch and ONNX, over some texts."
     worst = 0.0
     for text in texts:
         asked = model.encode_captions(text)
-        words = asked.tokens
-        vector,own,_ = onnx(text)
-        if own.shape != tuple(words.values.shape): raise RunFailed(f"ONNX encoder: {own.shape[0]} words of {text!r}, torch has {len(words.values)}")
-        worst = max(worst, float(np.abs(vector - asked.matching[0].numpy()).max()), float(np.abs(own - words.values.numpy()).max(initial=0)))
+        words = asked.tokens.values
+        vector, own, _ = onnx(text)
+        if own.shape != tuple(words.shape):
+            raise RunFailed(f"ONNX encoder: {own.shape[0]} tokens of {text!r}, PyTorch has {len(words)}")
+        worst = max(worst, float(np.abs(vector - asked.matching[0].numpy()).max()))
+        worst = max(worst, float(np.abs(own - words.numpy()).max(initial=0)))
     return worst
 
-# %% ../../nbs/search/05_export.ipynb #e4f3db69
+# %% ../../nbs/search/05_export.ipynb #fefa506f
 def _recalls(index, encode, asked):
-    "Text-to-image R@1 and R@10 in percent, by the matching head alone and re-ranked, of captions whose pictures are known."
+    "Text-to-image R@1 and R@10 in percent, by the matching head alone and in two stages, of (text, image id) pairs."
     found = {}
     encoded = [encode(text) for text,_ in asked]
     vectors = torch.stack([torch.as_tensor(o[0]) for o in encoded])
     words = [Ragged(torch.as_tensor(o[1]), torch.tensor([len(o[1])])) for o in encoded]
-    score = lambda query, regions: index.model.alignment_of(regions, words[query])[:, 0]
+    def score(query, regions): return index.model.alignment_of(regions, words[query])[:, 0]
     for name,rerank in (("matching", 0), ("two-stage", 100)):
         best = index.ranked("images", vectors, score, 10, rerank)
-        for k in (1, 10): found[f"{name} R@{k}"] = 100*float(np.mean([image in [o[0] for o in hits[:k]] for hits,(_,image) in zip(best, asked)]))
+        for k in (1, 10):
+            right = [image in [o[0] for o in hits[:k]] for hits,(_,image) in zip(best, asked)]
+            found[f"{name} R@{k}"] = 100*float(np.mean(right))
     return found
 
-# %% ../../nbs/search/05_export.ipynb #7a585659
+# %% ../../nbs/search/05_export.ipynb #6b9d130a
+def _describe_encoder(index):
+    "What a reader of the exported encoder has to know."
+    config, tokenizer = index.model.config, index.model.processor.tokenizer
+    special = {k: tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
+    about = dict(model=index.info["model"], dim=config.hidden_size, max_tokens=config.max_tokens, **special)
+    return about | dict(aggregation=config.aggregation, clamp=config.clamp != "never")
+
+# %% ../../nbs/search/05_export.ipynb #7b587b03
+def _write_encoders(model, folder):
+    "Write tokenizer.json, caption_encoder.onnx and caption_encoder.int8.onnx."
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    tokenizer, source = model.processor.tokenizer, folder/"caption_encoder.onnx"
+    with atomic_write(folder/"tokenizer.json") as part: tokenizer.backend_tokenizer.save(str(part))
+    with atomic_write(source) as part: _to_onnx(model, part)
+    logging.disable(logging.WARNING) # it advises a preprocessing step that changes nothing for this graph
+    try:
+        with atomic_write(folder/"caption_encoder.int8.onnx") as part:
+            quantize_dynamic(str(source), str(part), weight_type=QuantType.QInt8)
+    finally: logging.disable(logging.NOTSET)
+
+# %% ../../nbs/search/05_export.ipynb #c82f3504
 def export_onnx(
     index:SearchIndex, # whose caption encoder is exported
     folder, # caption_encoder.onnx, caption_encoder.int8.onnx, tokenizer.json and caption_encoder.json go here
     most:int=1000, # captions of the index that the check reads
     seed:int=0, # chooses them
 )->dict: # what caption_encoder.json holds: sizes, largest difference, recalls of both encoders
-    "The caption encoder for services without torch, checked with onnxruntime; raises `RunFailed` where a vector differs by more than 1e-4."
-    model, tokenizer, folder = index.model, index.model.processor.tokenizer, Path(folder)
+    """Export the caption encoder for services without PyTorch, and check it with onnxruntime.
+
+    Raises `InputError` for a model that cannot be exported and `RunFailed` if a vector differs by more than 1e-4."""
+    model, folder = index.model, Path(folder)
     _check_exportable(model.config)
     _package("onnxruntime")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
     folder.mkdir(parents=True, exist_ok=True)
-    special = {k: tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
-    about = dict(model=index.info["model"], dim=model.config.hidden_size, max_tokens=model.config.max_tokens, **special)
-    about |= dict(aggregation=model.config.aggregation, clamp=model.config.clamp != "never")
-    with atomic_write(folder/"tokenizer.json") as part: tokenizer.backend_tokenizer.save(str(part))
-    with atomic_write(folder/"caption_encoder.onnx") as part: _to_onnx(model, part)
-    logging.disable(logging.WARNING) # it advises a step that changes nothing here
-    try:
-        with atomic_write(folder/"caption_encoder.int8.onnx") as part: quantize_dynamic(str(folder/"caption_encoder.onnx"), str(part), weight_type=QuantType.QInt8)
-    finally: logging.disable(logging.NOTSET)
+    about = _describe_encoder(index)
+    _write_encoders(model, folder)
     write_json(folder/"caption_encoder.json", about)
     asked = [o for rows in index.stores["captions"].live() for o in zip(rows.texts, rows.owners)]
     asked = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:most]]
-    full,small = OnnxCaptions(folder),OnnxCaptions(folder, int8=True)
+    full, small = OnnxCaptions(folder), OnnxCaptions(folder, int8=True)
     texts = [t for t,_ in asked[:100]] or ["a dog on a beach", "two"]
-    about["largest_difference"] = _largest_difference(model, full, texts)
-    if about["largest_difference"] > 1e-4: raise RunFailed(f"{folder}: ONNX and torch differ by {about['largest_difference']:.1e}, more than 1e-4")
+    about["largest_difference"] = worst = _largest_difference(model, full, texts)
+    if worst > 1e-4: raise RunFailed(f"{folder}: ONNX and PyTorch differ by {worst:.1e}, more than 1e-4")
     about["int8_cosine"] = float(np.mean([small(t)[0] @ full(t)[0]/np.linalg.norm(small(t)[0]) for t in texts]))
     about["bytes"] = {n: (folder/f"caption_encoder{n}.onnx").stat().st_size for n in ("", ".int8")}
-    if asked: about["recall"] = dict(captions=len(asked), float32=_recalls(index, full, asked), int8=_recalls(index, small, asked))
+    if asked:
+        recall = dict(float32=_recalls(index, full, asked), int8=_recalls(index, small, asked))
+        about["recall"] = dict(captions=len(asked)) | recall
     write_json(folder/"caption_encoder.json", about)
     return about
