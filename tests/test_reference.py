@@ -1,5 +1,6 @@
 "The published figures: runs are compared with them, and only a maintainer's command writes them."
 import json
+import re
 import shutil
 import subprocess
 import sys
