@@ -7,6 +7,7 @@ __all__ = ['export_hdf5', 'export_parquet', 'export_onnx']
 
 # %% ../../nbs/search/05_export.ipynb #a598e812
 import logging, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,19 @@ from .onnx import OnnxCaptions
 
 # %% ../../nbs/search/05_export.ipynb #ad3439b7
 def _package(name):
+    "Import an optional package. Raises `InputError` where it is not installed."
     try: return __import__(name)
-    except ImportError: raise InputError("export", "package", name, "not installed", "pip install 'aladin[export]'") from None
+    except ImportError:
+        raise InputError("export", "package", name, "not installed", "pip install 'aladin[export]'") from None
 
 # %% ../../nbs/search/05_export.ipynb #d1aa5730
 def _append(group, name, values, **options):
-    "Append rows to a dataset of a group, which is made at first."
+    "Append rows to a dataset of a group; the first call creates it."
     values = np.asarray(values, dtype=options.get("dtype"))
-    if name not in group: group.create_dataset(name, shape=(0, *values.shape[1:]), maxshape=(None, *values.shape[1:]), chunks=True, **{"dtype": values.dtype, **options})
+    width = values.shape[1:]
+    if name not in group:
+        options = dict(dtype=values.dtype) | options
+        group.create_dataset(name, shape=(0, *width), maxshape=(None, *width), chunks=True, **options)
     data = group[name]
     data.resize(len(data) + len(values), axis=0)
     data[len(data) - len(values):] = values
@@ -39,7 +45,10 @@ def export_hdf5(
     index:SearchIndex, # what to export
     path, # .h5 file to write
 ):
-    "images/ and captions/, each with ids, vectors [items, dim], sets [total, dim] (float16) and offsets [items + 1]; captions with image_ids and texts."
+    """Write an index as HDF5, with a group for images and one for captions.
+
+    Each has ids, vectors float32 [items, dim], sets float16 [rows, dim] and offsets int64 [items + 1], which give the
+    first row of each item's set; captions also have image_ids and texts."""
     h5py = _package("h5py")
     text = h5py.string_dtype()
     with atomic_write(path) as part, h5py.File(part, "w") as f:
@@ -51,130 +60,183 @@ def export_hdf5(
                 _append(group, "ids", rows.ids, dtype=text)
                 _append(group, "vectors", rows.vectors)
                 _append(group, "sets", rows.sets.astype(np.float16))
-                _append(group, "offsets", (ends := end + rows.lengths.cumsum()))
+                ends = end + rows.lengths.cumsum()
+                _append(group, "offsets", ends)
                 end = int(ends[-1])
                 if kind == "captions":
                     _append(group, "image_ids", rows.owners, dtype=text)
                     _append(group, "texts", rows.texts, dtype=text)
 
 # %% ../../nbs/search/05_export.ipynb #a852d381
+def _parquet_columns(pa, dim):
+    "The columns of both Parquet files: name -> type."
+    vector = pa.list_(pa.float32(), dim)
+    caption = dict(id=pa.string(), image_id=pa.string(), text=pa.string(), vector=vector)
+    return dict(images=dict(id=pa.string(), vector=vector), captions=caption)
+
 def export_parquet(
     index:SearchIndex, # what to export
-    folder, # images.parquet and, where there are captions, captions.parquet go here
+    folder, # images.parquet and captions.parquet are written here
 ):
-    "A row an image (id, vector) and a row a caption (id, image_id, text, vector)."
+    "Write a row for each image (id, vector) and for each caption (id, image_id, text, vector) as Parquet."
     _package("pyarrow")
     import pyarrow as pa, pyarrow.parquet as pq
-    vector = pa.list_(pa.float32(), index.info["dim"])
-    schemas = dict(images=pa.schema(dict(id=pa.string(), vector=vector)), captions=pa.schema(dict(id=pa.string(), image_id=pa.string(), text=pa.string(), vector=vector)))
-    for kind,schema in schemas.items():
-        schema = schema.with_metadata({"aladin.model": index.info["model"]})
+    dim = index.info["dim"]
+    for kind,types in _parquet_columns(pa, dim).items():
+        schema = pa.schema(types).with_metadata({"aladin.model": index.info["model"]})
         with atomic_write(Path(folder)/f"{kind}.parquet") as part, pq.ParquetWriter(part, schema) as writer:
             for rows in index.stores[kind].live():
-                columns = dict(id=rows.ids, image_id=rows.owners, text=rows.texts, vector=pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(rows.vectors).reshape(-1)), index.info["dim"]))
-                writer.write_table(pa.table([pa.array(columns[n]) if n != "vector" else columns[n] for n in schema.names], schema=schema))
+                flat = pa.array(np.asarray(rows.vectors).reshape(-1))
+                columns = dict(id=pa.array(rows.ids), image_id=pa.array(rows.owners), text=pa.array(rows.texts),
+                               vector=pa.FixedSizeListArray.from_arrays(flat, dim))
+                writer.write_table(pa.table([columns[name] for name in types], schema=schema))
 
 # %% ../../nbs/search/05_export.ipynb #7eebee7a
 class _One:
-    "Stands for a `Layout` of one sequence."
+    "The attention of one sequence, in place of a `Layout` of many."
     def attend(self, query, key, value, heads, dropout=0.0):
-        spread = lambda x: x.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
-        return F.scaled_dot_product_attention(spread(query), spread(key), spread(value))[0].transpose(0, 1).flatten(1)
+        def spread(x): return x.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+        found = F.scaled_dot_product_attention(spread(query), spread(key), spread(value))[0]
+        return found.transpose(0, 1).flatten(1)
 
 # %% ../../nbs/search/05_export.ipynb #b96090f3
 class _OneCaption(nn.Module):
-    "The caption side of a model for one caption: tokens [length] to vector [dim] and words [words, dim]."
+    "The caption encoder of a model for one caption: tokens [length] to vector [dim] and token set [tokens, dim]."
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, tokens):
         m,c,one = self.model,self.model.config,_One()
-        x = m.backbone.embeddings(input_ids=tokens[None], token_type_ids=torch.zeros_like(tokens)[None], position_ids=torch.arange(tokens.shape[0], device=tokens.device)[None])[0]
+        positions = torch.arange(tokens.shape[0], device=tokens.device)
+        inputs = dict(input_ids=tokens, token_type_ids=torch.zeros_like(tokens), position_ids=positions)
+        x = m.backbone.embeddings(**{name: values[None] for name,values in inputs.items()})[0]
         for layer in m.backbone.encoder.layer: x = transformer_layer(layer, x, one, c.num_attention_heads, 0.0)
         coarse = x
         for layer in m.matching.layers: coarse = layer(coarse, one)
         if c.alignment_layers:
             for layer in m.alignment_layers[0].layers: x = layer(x, one)
-        return F.normalize(coarse[0], dim=-1),F.normalize(x[1:tokens.shape[0] - 1 - int(c.drop_last_word)], dim=-1)
+        last = tokens.shape[0] - 1 - int(c.drop_last_word)
+        return F.normalize(coarse[0], dim=-1),F.normalize(x[1:last], dim=-1)
 
 # %% ../../nbs/search/05_export.ipynb #05601744
+_EXPORTABLE = dict(
+    depth_alignment=("none",), depth_matching=("none",), caption_reader=("words",),
+    aggregation=("MrSw", "MrAVGw", "MwSr", "symm", "sum", "mean"))
+
 def _check_exportable(config):
-    for key,plain in dict(depth_alignment="none", depth_matching="none", caption_reader="words").items():
-        if (found := getattr(config, key)) != plain: raise InputError("export", key, f"{plain}: the models that can be exported as ONNX", found, "export vectors alone (--format hdf5 parquet), or another model")
+    "Raise `InputError` for a model that needs more than the exported encoder has."
+    for field,allowed in _EXPORTABLE.items():
+        found = getattr(config, field)
+        if found in allowed: continue
+        expected = f"{' or '.join(allowed)}: the models that can be exported as ONNX"
+        fix = "export vectors alone (--format hdf5 parquet), or another model"
+        raise InputError("export", field, expected, found, fix)
 
 # %% ../../nbs/search/05_export.ipynb #f5f44b05
-def _to_onnx(model, path):
-    "Write the encoder; its length is free, from one word to the longest."
-    _package("onnx"),_package("onnxscript")
-    length = torch.export.Dim("length", min=3, max=model.config.max_tokens)
-    quiet = [logging.getLogger(n) for n in ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
-    before = [o.level for o in quiet]
-    for o in quiet: o.setLevel(logging.ERROR)
+@contextmanager
+def _quiet_exporter():
+    "Context: torch's exporter prints no warnings; they advise its developers."
+    loggers = [logging.getLogger(n) for n in ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers: logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(_OneCaption(model).eval(), (torch.arange(6) % model.config.vocab_size,), str(path), input_names=["tokens"], output_names=["vector", "words"],
-                              dynamic_shapes=({0: length},), dynamo=True, external_data=False, verbose=False)
+            yield
     finally:
-        for o,level in zip(quiet, before): o.setLevel(level)
+        for logger,level in zip(loggers, before): logger.setLevel(level)
+
+@torch.no_grad()
+def _to_onnx(model, path):
+    "Write the encoder for captions of any length that the model reads."
+    _package("onnx")
+    _package("onnxscript")
+    length = torch.export.Dim("length", min=3, max=model.config.max_tokens)
+    example = torch.arange(6) % model.config.vocab_size
+    with _quiet_exporter():
+        torch.onnx.export(_OneCaption(model).eval(), (example,), str(path), input_names=["tokens"],
+                          output_names=["vector", "words"], dynamic_shapes=({0: length},), dynamo=True,
+                          external_data=False, verbose=False)
 
 # %% ../../nbs/search/05_export.ipynb #d7e79a60
 def _largest_difference(model, onnx, texts):
-    "Between torch's vectors and word sets and ONNX's, over some texts."
+    "The largest difference between the vectors of torch and of ONNX, over some texts."
     worst = 0.0
     for text in texts:
         asked = model.encode_captions(text)
-        words = asked.tokens
         vector,own,_ = onnx(text)
-        if own.shape != tuple(words.values.shape): raise RunFailed(f"ONNX encoder: {own.shape[0]} words of {text!r}, torch has {len(words.values)}")
-        worst = max(worst, float(np.abs(vector - asked.matching[0].numpy()).max()), float(np.abs(own - words.values.numpy()).max(initial=0)))
+        ours,sets = asked.matching[0].numpy(),asked.tokens.values.numpy()
+        if own.shape != sets.shape:
+            raise RunFailed(f"ONNX encoder: {own.shape[0]} tokens of {text!r}, torch has {len(sets)}")
+        worst = max(worst, float(np.abs(vector - ours).max()), float(np.abs(own - sets).max(initial=0)))
     return worst
 
 # %% ../../nbs/search/05_export.ipynb #e4f3db69
 def _recalls(index, encode, asked):
-    "Text-to-image R@1 and R@10 in percent, by the matching head alone and re-ranked, of captions whose pictures are known."
-    found = {}
+    "t2i R@1 and R@10 in percent, of the matching head alone and re-ranked; `asked` has (caption, image id)."
     encoded = [encode(text) for text,_ in asked]
     vectors = torch.stack([torch.as_tensor(o[0]) for o in encoded])
     words = [Ragged(torch.as_tensor(o[1]), torch.tensor([len(o[1])])) for o in encoded]
-    score = lambda query, regions: index.model.alignment_of(regions, words[query])[:, 0]
+    def score(query, regions): return index.model.alignment_of(regions, words[query])[:, 0]
+    found = {}
     for name,rerank in (("matching", 0), ("two-stage", 100)):
         best = index.ranked("images", vectors, score, 10, rerank)
-        for k in (1, 10): found[f"{name} R@{k}"] = 100*float(np.mean([image in [o[0] for o in hits[:k]] for hits,(_,image) in zip(best, asked)]))
+        ids = [[hit[0] for hit in hits] for hits in best]
+        for k in (1, 10):
+            hits = [image in own[:k] for own,(_,image) in zip(ids, asked)]
+            found[f"{name} R@{k}"] = 100*float(np.mean(hits))
     return found
 
 # %% ../../nbs/search/05_export.ipynb #7a585659
+def _write_int8(folder):
+    "Write the encoder with int8 weights."
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    logging.disable(logging.WARNING) # it advises a step that changes nothing here
+    try:
+        with atomic_write(folder/"caption_encoder.int8.onnx") as part:
+            quantize_dynamic(str(folder/"caption_encoder.onnx"), str(part), weight_type=QuantType.QInt8)
+    finally: logging.disable(logging.NOTSET)
+
+def _checked(index, folder, most, seed):
+    "What the check of an export finds: differences, sizes and recalls. Raises `RunFailed` for vectors that differ."
+    asked = [o for rows in index.stores["captions"].live() for o in zip(rows.texts, rows.owners)]
+    asked = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:most]]
+    full,small = OnnxCaptions(folder),OnnxCaptions(folder, int8=True)
+    texts = [text for text,_ in asked[:100]] or ["a dog on a beach", "two"]
+    difference = _largest_difference(index.model, full, texts)
+    if difference > 1e-4: raise RunFailed(f"{folder}: ONNX and torch differ by {difference:.1e}, more than 1e-4")
+    def cosine(text):
+        vector = small(text)[0]
+        return vector @ full(text)[0]/np.linalg.norm(vector)
+    sizes = {name: (folder/f"caption_encoder{name}.onnx").stat().st_size for name in ("", ".int8")}
+    mean = float(np.mean([cosine(text) for text in texts]))
+    found = dict(largest_difference=difference, int8_cosine=mean, bytes=sizes)
+    if not asked: return found
+    recall = dict(captions=len(asked), float32=_recalls(index, full, asked), int8=_recalls(index, small, asked))
+    return found | dict(recall=recall)
+
+# %% ../../nbs/search/05_export.ipynb #a221a066
 def export_onnx(
     index:SearchIndex, # whose caption encoder is exported
     folder, # caption_encoder.onnx, caption_encoder.int8.onnx, tokenizer.json and caption_encoder.json go here
-    most:int=1000, # captions of the index that the check reads
+    most:int=1000, # number of captions of the index that the check reads
     seed:int=0, # chooses them
 )->dict: # what caption_encoder.json holds: sizes, largest difference, recalls of both encoders
-    "The caption encoder for services without torch, checked with onnxruntime; raises `RunFailed` where a vector differs by more than 1e-4."
-    model, tokenizer, folder = index.model, index.model.processor.tokenizer, Path(folder)
+    """Write the caption encoder for services without torch, and check it with onnxruntime.
+
+    Raises `InputError` for a model that cannot be exported, `RunFailed` where a vector differs by more than 1e-4."""
+    model,tokenizer,folder = index.model,index.model.processor.tokenizer,Path(folder)
     _check_exportable(model.config)
     _package("onnxruntime")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
     folder.mkdir(parents=True, exist_ok=True)
     special = {k: tokenizer.convert_tokens_to_ids(f"[{k.upper()}]") for k in ("cls", "sep")}
     about = dict(model=index.info["model"], dim=model.config.hidden_size, max_tokens=model.config.max_tokens, **special)
     about |= dict(aggregation=model.config.aggregation, clamp=model.config.clamp != "never")
     with atomic_write(folder/"tokenizer.json") as part: tokenizer.backend_tokenizer.save(str(part))
     with atomic_write(folder/"caption_encoder.onnx") as part: _to_onnx(model, part)
-    logging.disable(logging.WARNING) # it advises a step that changes nothing here
-    try:
-        with atomic_write(folder/"caption_encoder.int8.onnx") as part: quantize_dynamic(str(folder/"caption_encoder.onnx"), str(part), weight_type=QuantType.QInt8)
-    finally: logging.disable(logging.NOTSET)
+    _write_int8(folder)
     write_json(folder/"caption_encoder.json", about)
-    asked = [o for rows in index.stores["captions"].live() for o in zip(rows.texts, rows.owners)]
-    asked = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:most]]
-    full,small = OnnxCaptions(folder),OnnxCaptions(folder, int8=True)
-    texts = [t for t,_ in asked[:100]] or ["a dog on a beach", "two"]
-    about["largest_difference"] = _largest_difference(model, full, texts)
-    if about["largest_difference"] > 1e-4: raise RunFailed(f"{folder}: ONNX and torch differ by {about['largest_difference']:.1e}, more than 1e-4")
-    about["int8_cosine"] = float(np.mean([small(t)[0] @ full(t)[0]/np.linalg.norm(small(t)[0]) for t in texts]))
-    about["bytes"] = {n: (folder/f"caption_encoder{n}.onnx").stat().st_size for n in ("", ".int8")}
-    if asked: about["recall"] = dict(captions=len(asked), float32=_recalls(index, full, asked), int8=_recalls(index, small, asked))
+    about |= _checked(index, folder, most, seed)
     write_json(folder/"caption_encoder.json", about)
     return about

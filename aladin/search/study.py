@@ -15,20 +15,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..files import atomic_write, write_json
+from ..data.pictures import PALETTE
 from ..data.splits import RetrievalSet
 from ..evaluation.embeddings import encode_split
 from ..evaluation.metrics import ranks_metrics, retrieval_ranks
 from .index import SearchIndex
 
-
 # %% ../../nbs/search/06_study.ipynb #58715944
 CANDIDATES = (1, 5, 10, 20, 50, 100, 200)
 
 def _places(answers, right, candidates):
-    "For each query and each number of candidates the place of the first right answer, from 0, or a large number: [queries, candidates]."
+    "The place of the first right answer, from 0, or a large number where there is none, [queries, candidates]."
     out = np.full((len(answers), len(candidates)), 2**31)
     for q,hits in enumerate(answers):
-        order = sorted(hits, key=lambda h: -h.matching) # equal ones stay as the alignment head has them
+        order = sorted(hits, key=lambda h: -h.matching) # equal scores stay in the alignment head's order
         for c,k in enumerate(candidates):
             ranked = sorted(order[:k], key=lambda h: -h.score)
             out[q, c] = next((place for place,h in enumerate(ranked) if h.image_id == right[q]), 2**31)
@@ -36,7 +36,7 @@ def _places(answers, right, candidates):
 
 # %% ../../nbs/search/06_study.ipynb #d8b4b70b
 def _milliseconds(search, queries, k, least=10):
-    "Median and 99th percentile of the time of one query at a time."
+    "Median and 99th percentile of the time of a query, in milliseconds."
     took = []
     for q in queries:
         start = time.perf_counter()
@@ -45,61 +45,102 @@ def _milliseconds(search, queries, k, least=10):
     return np.percentile(took, [50, 99])
 
 # %% ../../nbs/search/06_study.ipynb #5a4bdf75
+def _recalls(places, full):
+    "Recalls in percent, their share of the full alignment head's, and how often the right one is a candidate."
+    recall = {k: 100*float((places < k).mean()) for k in (1, 5, 10)}
+    share = {k: 100*recall[k]/full[f"r{k}"] if full[f"r{k}"] else float("nan") for k in (1, 10)}
+    found = {"right one found": 100*float((places < 2**31).mean())}
+    return {f"R@{k}": v for k,v in recall.items()} | {f"R@{k} share": v for k,v in share.items()} | found
+
 def recall_study(
     index:SearchIndex, # of the split
     test:RetrievalSet, # the split
-    candidates:tuple=CANDIDATES, # how many the matching head finds
-    timed:int=200, # queries that are timed
+    candidates:tuple=CANDIDATES, # numbers of candidates
+    timed:int=200, # number of queries that are timed
     seed:int=0, # chooses those
 )->tuple: # a table with a row for each direction and number of candidates; the full alignment head's metrics
-    "Recall of two-stage search, in percent, its share of the full alignment head's, and the milliseconds of a query."
+    "Recall of two-stage search in percent, its share of the full alignment head's, and milliseconds of a query."
     full = ranks_metrics(*retrieval_ranks(encode_split(index.model, test, progress=False), "alignment"))
-    captions = [test.image_ids[i] for i in test.caption_image]
-    most,rows,draw = max(candidates),[],np.random.default_rng(seed)
-    ways = dict(t2i=(index.search, test.captions, captions, lambda some: index.search_all(some, k=most, rerank=most)),
-                i2t=(index.search_captions, test.image_ids, test.image_ids, lambda some: [index.search_captions(i, k=most, rerank=most) for i in some]))
-    for way,(search,queries,right,search_some) in ways.items():
-        places = np.concatenate([_places(search_some(queries[at:at+256]), right[at:at+256], candidates) for at in range(0, len(queries), 256)])
+    captions,most = [test.image_ids[i] for i in test.caption_image],max(candidates)
+    def texts(some): return index.search_all(some, k=most, rerank=most)
+    def images(some): return [index.search_captions(i, k=most, rerank=most) for i in some]
+    ways = dict(t2i=(index.search, texts, test.captions, captions),
+                i2t=(index.search_captions, images, test.image_ids, test.image_ids))
+    rows,draw = [],np.random.default_rng(seed)
+    for way,(search,search_some,queries,right) in ways.items():
+        batches = [slice(at, at + 256) for at in range(0, len(queries), 256)]
+        places = np.concatenate([_places(search_some(queries[b]), right[b], candidates) for b in batches])
         sample = [queries[i] for i in draw.choice(len(queries), min(timed, len(queries)), replace=False)]
-        for c,k in enumerate(candidates):
-            recall = {n: 100*float((places[:, c] < n).mean()) for n in (1, 5, 10)}
+        for column,k in enumerate(candidates):
             median,slowest = _milliseconds(search, sample, k)
-            rows.append(dict(way=way, candidates=k, **{f"R@{n}": v for n,v in recall.items()}, **{f"R@{n} share": 100*recall[n]/full[way][f"r{n}"] if full[way][f"r{n}"] else float("nan") for n in (1, 10)},
-                             **{"right one found": 100*float((places[:, c] < 2**31).mean()), "median ms": median, "p99 ms": slowest}))
+            times = {"median ms": median, "p99 ms": slowest}
+            rows.append(dict(way=way, candidates=k) | _recalls(places[:, column], full[way]) | times)
     return pd.DataFrame(rows),full
 
 # %% ../../nbs/search/06_study.ipynb #c768a90c
-_LINES = dict(t2i=("#0072B2", "o", "text to image"), i2t=("#D55E00", "s", "image to text"))
+_LINES = dict(t2i=(PALETTE["blue"], "o", "text to image"), i2t=(PALETTE["orange"], "s", "image to text"))
+
+def _plot_way(axes, rows, full, colour, marker, name):
+    "The curves of one direction: R@1, R@10 and the time of a query."
+    for ax,k in zip(axes, (1, 10)):
+        ax.plot(rows["candidates"], rows[f"R@{k}"], color=colour, marker=marker, markersize=4, label=name)
+        ax.axhline(full[f"r{k}"], color=colour, linestyle="--", linewidth=1)
+        ax.set(title=f"R@{k}", ylabel="percent")
+    axes[2].plot(rows["candidates"], rows["median ms"], color=colour, marker=marker, markersize=4)
 
 def plot_recall(
     table:pd.DataFrame, # from `recall_study`
     full:dict, # the full alignment head's metrics
 )->Figure:
-    "R@1 and R@10 over the number of candidates, the full alignment head dashed; on the right the time of a query."
+    "R@1, R@10 and the time of a query over the number of candidates; dashed lines show the full alignment head."
     figure,axes = plt.subplots(1, 3, figsize=(9, 3), dpi=90, layout="constrained")
-    for way,(colour,marker,name) in _LINES.items():
-        rows = table[table["way"] == way]
-        for ax,n in zip(axes, (1, 10)):
-            ax.plot(rows["candidates"], rows[f"R@{n}"], color=colour, marker=marker, markersize=4, label=name)
-            ax.axhline(full[way][f"r{n}"], color=colour, linestyle="--", linewidth=1)
-            ax.set(title=f"R@{n}", ylabel="percent")
-        axes[2].plot(rows["candidates"], rows["median ms"], color=colour, marker=marker, markersize=4)
+    for way,style in _LINES.items(): _plot_way(axes, table[table["way"] == way], full[way], *style)
     axes[2].set(title="time of a query", ylabel="milliseconds (median)", ylim=(0, None))
+    ticks = sorted(table["candidates"].unique())
     for ax in axes:
-        ax.set(xscale="log", xlabel="candidates", xticks=(ticks := sorted(table["candidates"].unique())), xticklabels=ticks)
+        ax.set(xscale="log", xlabel="candidates", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=2, title="dashed: full alignment head", title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center",
+                  ncols=2, title="dashed: full alignment head", title_fontsize=8)
     plt.close(figure)
     return figure
 
-# %% ../../nbs/search/06_study.ipynb #9d18d91c
+# %% ../../nbs/search/06_study.ipynb #1e621bf0
+_COLUMNS = ("R@1", "R@5", "R@10", "R@1 share", "R@10 share", "right one found", "median ms", "p99 ms")
+
+def _rows(table, full):
+    "The cells of the Markdown table, as text; the last row of each direction is the full head's."
+    rows = []
+    for way,own in table.groupby("way", sort=False):
+        for _,r in own.iterrows():
+            cells = [f"{r[c]:.2f}" if c.endswith("ms") else f"{r[c]:.1f}" for c in _COLUMNS]
+            rows.append([way, str(r["candidates"]), *cells])
+        recalls = [f"{full[way][f'r{k}']:.1f}" for k in (1, 5, 10)]
+        rows.append([way, "all (full head)", *recalls, "100", "100", "100", "-", "-"])
+    return pd.DataFrame(rows, columns=["way", "candidates", *_COLUMNS])
+
+def _markdown(table, facts):
+    "The content of search.md."
+    made,size = facts["made by"],facts["bytes"]
+    threads = made["machine"]["threads"]
+    machine = f"{threads} thread{'s' if threads > 1 else ''} of {made['machine']['processor']}"
+    commit = made["commit"][:10] if made["commit"] else "unknown"
+    rows = _rows(table, facts["full"]).to_markdown(index=False, disable_numparse=True, colalign=["left"] + ["right"]*9)
+    return (
+        f"Two-stage search on {facts['data']}: {facts['images']} images, {facts['captions']} captions. "
+        "Shares are of the full alignment head's recall, in percent. One query at a time, encoding of the text "
+        f"included, exact engine, {machine}.\n\n{rows}\n\nA picture takes {size['vector']:,.0f} bytes of vector and "
+        f"{size['region_set']:,.0f} of region set with boxes. Commit {commit}, seed {made['seed']}, {made['date']}, "
+        f"{facts['seconds']:.0f} s.\n")
+
+# %% ../../nbs/search/06_study.ipynb #e6f4a8c7
 def write_study(
     out, # folder for search.md, search.csv, search.json and search.png
     index:SearchIndex, # of the split
     test:RetrievalSet, # the split
     name:str, # of the data, for the table
-    about:dict, # what is told of the model
+    about:dict, # facts about the model, for search.json
     record:dict, # commit, seed, versions and machine, see `aladin.runs.record.provenance`
     seed:int=0, # chooses the queries that are timed
 )->pd.DataFrame:
@@ -107,24 +148,11 @@ def write_study(
     start = time.perf_counter()
     table,full = recall_study(index, test, seed=seed)
     out,vectors,sets = Path(out),*index.sizes()
-    facts = dict(data=name, images=len(index), captions=len(test), full=full, bytes=dict(vector=vectors/len(index), region_set=sets/len(index)), model=about,
+    size = dict(vector=vectors/len(index), region_set=sets/len(index))
+    facts = dict(data=name, images=len(index), captions=len(test), full=full, bytes=size, model=about,
                  seconds=round(time.perf_counter() - start, 1), **{"made by": record})
     write_json(out/"search.json", facts)
     with atomic_write(out/"search.csv") as part: table.to_csv(part, index=False, float_format="%.4f")
     with atomic_write(out/"search.md") as part: part.write_text(_markdown(table, facts), encoding="utf-8")
     with atomic_write(out/"search.png") as part: plot_recall(table, full).savefig(part, format="png", dpi=160)
     return table
-
-# %% ../../nbs/search/06_study.ipynb #1e621bf0
-def _markdown(table, facts):
-    "The table, the full head in its last rows."
-    m,columns = facts["made by"],["R@1", "R@5", "R@10", "R@1 share", "R@10 share", "right one found", "median ms", "p99 ms"]
-    lines = [f"Two-stage search on {facts['data']}: {facts['images']} images, {facts['captions']} captions. Shares are of the full alignment head's recall, in percent. One query at a time, encoding of the text included, "
-             f"exact engine, {m['machine']['threads']} thread{'s' if m['machine']['threads'] > 1 else ''} of {m['machine']['processor']}.", "",
-             "| way | candidates | " + " | ".join(columns) + " |", "|---|---:|" + "---:|"*len(columns)]
-    for way,rows in table.groupby("way", sort=False):
-        lines += [f"| {way} | {r['candidates']} | " + " | ".join(f"{r[c]:.2f}" if c.endswith("ms") else f"{r[c]:.1f}" for c in columns) + " |" for _,r in rows.iterrows()]
-        f = facts["full"][way]
-        lines.append(f"| {way} | all (full head) | {f['r1']:.1f} | {f['r5']:.1f} | {f['r10']:.1f} | 100 | 100 | 100 | - | - |")
-    lines += ["", f"A picture takes {facts['bytes']['vector']:,.0f} bytes of vector and {facts['bytes']['region_set']:,.0f} of region set with boxes. Commit {m['commit'][:10] if m['commit'] else 'unknown'}, seed {m['seed']}, {m['date']}, {facts['seconds']:.0f} s."]
-    return "\n".join(lines) + "\n"
