@@ -7,7 +7,6 @@ __all__ = ['splits', 'Findings', 'check_captions', 'check_regions', 'Measured', 
 
 # %% ../../nbs/runs/05_plan.ipynb #a00d808a
 import shutil, tempfile, time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -80,7 +80,8 @@ class OnnxIndex:
         if self.captions.about.get("model") != self.info["model"]:
             path = Path(encoder or self.folder/ENCODER)/"caption_encoder.json"
             found = self.captions.about.get("model")
-            raise InputError(path, "model", f"{self.info['model']}, as in index.json", found, "export the encoder again")
+            expected = f"{self.info['model']}, as in index.json"
+            raise InputError(path, "model", expected, found, "export the encoder again")
         stores = {kind: SetStore(self.folder/kind, (of, "source"), self.info["dim"]) for kind,of in KINDS.items()}
         self.items = {kind: Items(store) for kind,store in stores.items()}
 
