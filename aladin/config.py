@@ -330,7 +330,8 @@ def config_to_dict(
     return asdict(config)
 
 # %% ../nbs/02_config.ipynb #32efa66b
-INPUT_SETTINGS = [f.name for f in fields(DataSettings) if f.name != "captions_per_image"] # which is of the data, not of the model
+# The settings of a model's input; `captions_per_image` belongs to the data and not to the model.
+INPUT_SETTINGS = [f.name for f in fields(DataSettings) if f.name != "captions_per_image"]
 
 def input_settings(
     values, # object or dict with the fields of `DataSettings`, such as an `AladinConfig`

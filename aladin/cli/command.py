@@ -15,12 +15,12 @@ from typing import Annotated, Callable, Literal, Union, get_args, get_origin
 # %% ../../nbs/cli/00_command.ipynb #e12c080a
 @dataclass(frozen=True)
 class Option:
-    "What a parameter's annotation says beyond its type."
+    "Properties of an option that its type does not give."
     metavar:str|None = None # name of the value in the help
     lowest:float = -math.inf # lowest number
     highest:float = math.inf # highest number
-    positional:bool = False # a value without an option's name before it?
-    repeated:bool = False # a list that is given one value at a time?
+    positional:bool = False # whether the value stands without an option's name before it
+    repeated:bool = False # whether a list is given as a repeated option, one value at a time
     otherwise:str|None = None # the value where the option is given without one
 
 Folder = Annotated[str, Option("DIR")]
@@ -37,7 +37,7 @@ def number(
     lowest:float, # lowest value
     highest:float, # highest value
 )->Callable: # from text to a number; for argparse
-    "A reader of numbers within bounds."
+    "A function that reads a number within bounds, or raises the error that `argparse` reports."
     def read(text):
         try: value = kind(text)
         except ValueError: value = math.nan
@@ -48,23 +48,32 @@ def number(
     return read
 
 # %% ../../nbs/cli/00_command.ipynb #ec9b77e7
+_COMMENT,_PARAMETER = re.compile(r"\s+#\s*(.+)"),re.compile(r"\s+(\w+)\s*:.*?,\s*(?:#\s*(.+))?$")
+
 def comments(
-    function:Callable, # with one parameter a line
+    function:Callable, # with one parameter on a line
 )->dict: # parameter -> comment
-    "The comments behind the parameters of a function."
-    found = re.findall(r"^\s+(\w+)\s*:.*?,\s*#\s*(.+)$", inspect.getsource(function), re.M)
-    return dict(found)
+    "The comments of a function's parameters."
+    found,above = {},[]
+    for line in inspect.getsource(function).splitlines():
+        if line.startswith(")"): break # the end of the signature
+        if alone := _COMMENT.fullmatch(line): above.append(alone[1])
+        elif parameter := _PARAMETER.fullmatch(line):
+            found[parameter[1]] = parameter[2] or " ".join(above)
+            above = []
+    return found
 
 # %% ../../nbs/cli/00_command.ipynb #f96e1a72
 def _parts(annotation):
     "The plain type of an annotation, and its `Option`."
     option = Option()
-    if get_origin(annotation) in (Union, UnionType): annotation = next(a for a in get_args(annotation) if a is not type(None))
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
     if get_origin(annotation) is Annotated: annotation, option = get_args(annotation)[:2]
     return annotation, option
 
 def _value(kind, option):
-    "How `argparse` reads one value of a type."
+    "Settings of `add_argument` for one value of a type."
     about = dict(metavar=option.metavar) if option.metavar else {}
     if get_origin(kind) is Literal: about = dict(choices=get_args(kind))
     elif kind in (int, float): about["type"] = number(kind, option.lowest, option.highest)
@@ -72,28 +81,35 @@ def _value(kind, option):
     return about
 
 # %% ../../nbs/cli/00_command.ipynb #878e7c4f
+def _help(text, default):
+    "The help of an option, with its default where it has one that is worth showing."
+    worth = default not in (None, "", (), inspect.Parameter.empty) and not isinstance(default, bool)
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    return (f"{text} (default: {shown})" if worth else text).replace("%", "%%")
+
+def _several(kind, option, required):
+    "Settings of `add_argument` for a list of values."
+    inner,own = _parts(get_args(kind)[0])
+    about = _value(inner, own if option.metavar is None else option)
+    if option.repeated: return about | dict(action="append")
+    return about | dict(nargs="+" if required or not option.positional else "*")
+
 def _argument(name, parameter, text):
     "Names and settings of one parameter for `ArgumentParser.add_argument`."
-    kind, option = _parts(parameter.annotation)
-    required, default = parameter.default is inspect.Parameter.empty, parameter.default
-    shown = not required and default not in (None, "", (), False) and not isinstance(default, bool)
-    about = dict(help=(text + (f" (default: {' '.join(default) if isinstance(default, tuple) else default})" if shown else "")).replace("%", "%%"))
-    if kind is bool: return [f"--{name.replace('_', '-')}"], about | dict(action="store_true")
-    if get_origin(kind) is list:
-        inner, own = _parts(get_args(kind)[0])
-        about |= _value(inner, own if option.metavar is None else option)
-        about |= dict(action="append") if option.repeated else dict(nargs="+" if required or not option.positional else "*")
-    else: about |= _value(kind, option)
-    if not required: about["default"] = list(default) if isinstance(default, tuple) else default
-    if option.positional: return [name], about
+    kind,option = _parts(parameter.annotation)
+    default,required = parameter.default,parameter.default is inspect.Parameter.empty
     flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
-    return [flag], about | dict(required=required)
+    about = dict(help=_help(text, default))
+    if kind is bool: return [flag], about | dict(action="store_true")
+    about |= _several(kind, option, required) if get_origin(kind) is list else _value(kind, option)
+    if not required: about["default"] = list(default) if isinstance(default, tuple) else default
+    return ([name], about) if option.positional else ([flag], about | dict(required=required))
 
 # %% ../../nbs/cli/00_command.ipynb #d2924d7e
 @dataclass(frozen=True)
 class Command:
-    "A function as a command."
-    function:Callable # does the work; returns an exit status, or None for 0
+    "A function that is a command."
+    function:Callable # what the command runs; returns an exit status, or None for 0
     examples:tuple # command lines
 
     @property
@@ -135,7 +151,8 @@ def parser_of(
 )->argparse.ArgumentParser:
     "The parser of one command."
     examples = "\n".join(f"  {line}" for line in made.examples)
-    parser = argparse.ArgumentParser(f"{program} {made.name}", description=made.about, epilog=f"example:\n{examples}" if examples else None,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        f"{program} {made.name}", description=made.about, epilog=f"example:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, made)
     return parser

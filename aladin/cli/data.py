@@ -13,12 +13,14 @@ from typing import Annotated, Literal
 from .command import File, Folder, Number, Option, Seed, command
 
 # %% ../../nbs/cli/01_data.ipynb #f5297893
-@command("aladin prepare --data scenes --out runs/scenes",
+@command("aladin prepare --data scenes --size tiny --out runs/scenes",
          "aladin prepare --data coco_ir --features vinvl --out runs/coco --dtype float16")
 def prepare(
-    data:Folder, # data folder: captions and key files in the COCO-IR layout; or the word scenes, for the embedded scenes
+    # data folder: captions and key files in the COCO-IR layout; or the word scenes, for the embedded scenes
+    data:Folder,
     out:Folder, # folder to write
-    features:Folder=None, # folder with the regions: features.tsv and its companions, or a region store; the data folder if not given
+    # folder with the regions: features.tsv and its companions, or a region store; the data folder if not given
+    features:Folder=None,
     vocabulary:File=None, # a vocab.txt; the data's own, or one made from its captions, if not given
     dtype:Number="float32", # type of the stored region vectors
     size:Literal["full", "tiny"]="full", # scenes only: how many images
@@ -39,14 +41,17 @@ def prepare(
          "aladin extract --images photos --detector models/detr --captions captions.csv --out data --dtype float16")
 def extract_command(
     images:Folder, # folder of pictures, with the folders below it
-    detector:Annotated[str, Option("NAME")], # folder of an object detector (DETR, RT-DETR, YOLOS and relatives), or hub:NAME, which is fetched
+    # folder of an object detector (DETR, RT-DETR, YOLOS and relatives), or hub:NAME, which is fetched
+    detector:Annotated[str, Option("NAME")],
     out:Folder, # data folder to write
-    captions:File=None, # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions) or COCO's
+    # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions) or
+    # COCO's
+    captions:File=None,
     threshold:Annotated[float, Option("SCORE", 0)]=.2, # lowest score of a box
     least:Annotated[int, Option("N", 0, 100_000)]=10, # fewest boxes of a picture, whatever their scores
     most:Annotated[int, Option("N", 1, 100_000)]=50, # most boxes of a picture
     dtype:Number="float32", # type of the stored region vectors
-    batch_size:Annotated[int, Option("N", 1, 100_000)]=8, # pictures at once
+    batch_size:Annotated[int, Option("N", 1, 100_000)]=8, # number of pictures in a batch
     seed:Seed=0, # divides captioned pictures into splits
 ):
     "Find the regions of a folder of pictures with an object detector of transformers."
@@ -62,7 +67,7 @@ def convert_detections_command(
     dtype:Number="float32", # type of the stored region vectors
     force:bool=False, # replace a store that is there
 ):
-    "Turn Detic's results, a Python shelve, into a region store; reads plain data only, runs no code."
+    "Turn Detic's results, a Python shelve, into a region store. No code of the shelve is executed."
     from aladin.data.detections import convert_detections
     store = convert_detections(shelve, out, dtype, force)
     print(f"{out}: {len(store)} images, {store.dim} numbers a region")
@@ -81,23 +86,24 @@ def convert(
     from aladin.model.authors import model_from_original
     from aladin.model.model import save_model
     check_output_dir(out, force, "config.json")
-    load_tokenizer(oscar) # a model without its vocabulary is of no use: found out before the weights are read
+    load_tokenizer(oscar) # a missing vocabulary is reported before the weights are read
     model = model_from_original(checkpoint, oscar)
     save_model(model, out)
     c, parameters = model.config, sum(p.numel() for p in model.parameters())
-    print(f"{out}: {parameters:,} parameters, {c.num_hidden_layers} layers of width {c.hidden_size}, regions of {c.region_dim}")
+    print(f"{out}: {parameters:,} parameters, {c.num_hidden_layers} layers of width {c.hidden_size}, "
+          f"regions of {c.region_dim}")
 
 # %% ../../nbs/cli/01_data.ipynb #25985ce4
 @command("aladin make-clip --data flickr8k --out models/small_clip")
 def make_clip_command(
-    data:Folder, # data folder, whose training captions the tokens are learnt from
+    data:Folder, # data folder; its training captions give the vocabulary
     out:Folder, # model folder to write
     dim:Annotated[int, Option("N", 32, 8192)]=64, # width of its vectors
     layers:Annotated[int, Option("N", 1, 1000)]=2, # layers
     seed:Seed=0, # of the random weights
     force:bool=False, # replace a model that make-clip wrote
 ):
-    """Make a small CLIP text model with random weights, its tokens learnt from the training captions.
+    """Make a small CLIP text model with random weights and a vocabulary from the training captions.
 
     A trained one is better: any CLIP text model in the form of transformers, named as data.clip in the settings."""
     from aladin.data.text import captions_file, read_captions
@@ -109,9 +115,12 @@ def make_clip_command(
 # %% ../../nbs/cli/01_data.ipynb #00e5872e
 Manifest = Annotated[str, Option("NAME", positional=True)]
 
-@command("aladin fetch flickr8k_source", "ALADIN_VINVL_TOKEN='sp=r&...' aladin fetch vinvl_coco_features --out vinvl")
+@command("aladin fetch flickr8k_source", "aladin fetch mine.yaml --out datasets/mine",
+         "ALADIN_VINVL_TOKEN='sp=r&...' aladin fetch vinvl_coco_features --out vinvl")
 def fetch_command(
-    name:Manifest, # a manifest (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a YAML file
+    # a manifest (such as coco_ir, vinvl_coco_features, vinvl_base, aladin_best, flickr8k_source), or the path of a
+    # YAML file
+    name:Manifest,
     out:Folder=None, # where the files go; datasets/NAME or models/NAME if not given
 ):
     "Fetch the files of a data set or checkpoint, checked and resumable."
@@ -120,12 +129,13 @@ def fetch_command(
     print(f"{name}: whole in {folder}")
 
 # %% ../../nbs/cli/01_data.ipynb #59972509
-@command("aladin verify coco_ir datasets/coco_ir", "aladin verify vinvl_base models/vinvl_base && echo whole")
+@command("aladin verify coco_ir datasets/coco_ir", "aladin verify mine.yaml datasets/mine")
 def verify_command(
     name:Manifest, # a manifest (such as coco_ir or vinvl_base), or the path of a YAML file
-    folder:Annotated[list[Folder], Option("DIR", positional=True)], # where to look; the first folder that holds a file counts
+    # where to look; of several folders the first that has a file counts
+    folder:Annotated[list[Folder], Option("DIR", positional=True)],
 ):
-    "Compare folders with the list of what a data set or checkpoint consists of. Status 2 where a file is missing or differs."
+    "Compare folders with the files of a data set or checkpoint. Status 2 where a file is missing or differs."
     from aladin.data.manifests import verify
     problems = verify(name, *folder)
     for problem in problems: print(problem)

@@ -15,12 +15,15 @@ from .command import File, Folder, Number, Option, Split, command
 
 # %% ../../nbs/cli/03_evaluate.ipynb #798758d4
 def _processor_for(model, path, vocabulary, max_tokens, max_regions):
-    "The model's processor, with the lengths and the vocabulary that the user asks for. Raises `InputError` for texts longer than the model can read."
+    """The model's processor, with the lengths and the vocabulary that the user asks for.
+
+    Raises `InputError` for texts longer than the model can read."""
     from aladin.files import InputError
     from aladin.data.processor import AladinProcessor
     own, most = model.checked_processor(), model.config.max_position_embeddings
     if max_tokens and max_tokens > most:
-        raise InputError(path, "--max-tokens", f"at most {most}, the positions that the model has", max_tokens, "give a smaller number")
+        expected = f"at most {most}, the positions that the model has"
+        raise InputError(path, "--max-tokens", expected, max_tokens, "give a smaller number")
     settings = own.settings
     if max_tokens: settings = replace(settings, max_tokens=max_tokens, max_tags=0)
     if max_regions: settings = replace(settings, max_regions=max_regions)
@@ -28,20 +31,23 @@ def _processor_for(model, path, vocabulary, max_tokens, max_regions):
     return AladinProcessor(own.tokenizer, settings, own.clip)
 
 # %% ../../nbs/cli/03_evaluate.ipynb #b231b594
-@command("aladin encode --model model --data coco_ir --split test --keys test_img_keys.tsv --out embeddings.safetensors")
+@command("aladin encode --model model --data coco_ir --split test --keys test_img_keys.tsv"
+         " --out embeddings.safetensors")
 def encode(
     model:Folder, # model folder
     data:Folder, # data folder: captions and key files in the COCO-IR layout, or a prepared folder
     out:File, # safetensors file to write
-    features:Folder=None, # folder with the regions: features.tsv and its companions, or a region store; the data folder if not given
+    # folder with the regions: features.tsv and its companions, or a region store; the data folder if not given
+    features:Folder=None,
     keys:File=None, # key file that chooses and orders the images; a bare name is looked up in the data folder
     vocabulary:File=None, # a vocab.txt; the model's if not given
-    split:Split="test", # which split; minival is the authors' name of the validation split
-    batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # images or captions at once
+    split:Split="test", # the split; minival is the authors' name of the validation split
+    batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # number of images or captions in a batch
     bfloat16:bool=False, # compute in bfloat16 where torch may: faster, not exact
     dtype:Number="float32", # type of the stored region and token vectors
     max_tokens:Annotated[int, Option("N", 3, 512)]=None, # longest text; as the model was trained if not given
-    max_regions:Annotated[int, Option("N", 1, 100_000)]=None, # most regions of an image; as the model was trained if not given
+    # most regions of an image; as the model was trained if not given
+    max_regions:Annotated[int, Option("N", 1, 100_000)]=None,
     force:bool=False, # replace embeddings of another model or split
 ):
     "Encode every image and every caption of a split once; resumes where it was stopped."
@@ -54,7 +60,8 @@ def encode(
     processor = _processor_for(loaded, model, vocabulary, max_tokens, max_regions)
     opened = open_split(data, split, processor, features, keys, progress=True)
     autocast = torch.bfloat16 if bfloat16 else None
-    images, regions, captions, tokens = encode_to_file(loaded, opened, out, batch_size, autocast=autocast, dtype=dtype, force=force)
+    options = dict(autocast=autocast, dtype=dtype, force=force)
+    images, regions, captions, tokens = encode_to_file(loaded, opened, out, batch_size, **options)
     print(f"{out}: {images} images with {regions} regions, {captions} captions with {tokens} tokens")
 
 # %% ../../nbs/cli/03_evaluate.ipynb #9c5e8616
@@ -65,7 +72,8 @@ def _check_metrics_file(path):
     try: found = read_json(path)
     except InputError: found = None
     if not isinstance(found, dict) or "rsum" not in found:
-        raise InputError(path, "--json", "a new file, or metrics to replace", "another file or a folder", "choose another name")
+        expected = "a new file, or metrics to replace"
+        raise InputError(path, "--json", expected, "another file or a folder", "choose another name")
 
 # %% ../../nbs/cli/03_evaluate.ipynb #8bc32440
 def _ndcg(embeddings, data, split, head, kind, cache):
@@ -86,26 +94,30 @@ def _ndcg(embeddings, data, split, head, kind, cache):
 
 # %% ../../nbs/cli/03_evaluate.ipynb #2586a568
 def _figure(name, value, interval=None):
-    "A figure in words, with its interval where there is one."
+    "A figure as text, with its interval where there is one."
     return f"{name} {value:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 def _print_metrics(metrics):
     "Print what `evaluate` found."
     spread = metrics.get("intervals", {})
-    for way in ("i2t", "t2i"): print(way, "  ".join(_figure(k, v, spread.get(way, {}).get(k)) for k, v in metrics[way].items()))
+    for way in ("i2t", "t2i"):
+        print(way, "  ".join(_figure(k, v, spread.get(way, {}).get(k)) for k, v in metrics[way].items()))
     print(_figure("rsum", metrics["rsum"], spread.get("rsum")))
     if "ndcg" in metrics: print("NDCG@25", "  ".join(_figure(way, v) for way, v in metrics["ndcg"].items()))
     if "judgements" in metrics:
-        print("human judgements: Kendall's tau-b {tau_b:.3f}, Spearman's rho {rho:.3f} over {pairs} pairs".format(**metrics["judgements"]))
+        text = "human judgements: Kendall's tau-b {tau_b:.3f}, Spearman's rho {rho:.3f} over {pairs} pairs"
+        print(text.format(**metrics["judgements"]))
 
 # %% ../../nbs/cli/03_evaluate.ipynb #45146585
 def _check_together(ndcg, data, bank, folds, judgements, names):
     "Raise `InputError` for options that need or exclude one another."
     from aladin.files import InputError
-    if ndcg and not data: raise InputError("--ndcg", "option --data", "the data folder with the captions", "none", "add --data DIR")
+    if ndcg and not data:
+        raise InputError("--ndcg", "option --data", "the data folder with the captions", "none", "add --data DIR")
     if bank and folds: raise InputError("--bank", "option --folds", "one of the two", "both", "leave one out")
     if judgements and not names:
-        raise InputError("--judgements", "option --names", "the table of image ids and file names", "none", "add --names FILE")
+        expected = "the table of image ids and file names"
+        raise InputError("--judgements", "option --names", expected, "none", "add --names FILE")
 
 # %% ../../nbs/cli/03_evaluate.ipynb #a9c663ef
 def _recalls(embeddings, head, folds, bank, memory, bfloat16, intervals):
@@ -128,14 +140,18 @@ def _recalls(embeddings, head, folds, bank, memory, bfloat16, intervals):
          "aladin evaluate --embeddings embeddings.safetensors --head alignment --intervals --ndcg --data coco_ir")
 def evaluate(
     embeddings:File, # file written by aladin encode
-    head:Literal["matching", "alignment"]="matching", # which head
+    head:Literal["matching", "alignment"]="matching", # the head whose scores are used
     json:File=None, # write the metrics here, in percent
     keys:File=None, # key file that chooses the images
-    folds:Annotated[int, Option("N", 2, 10_000)]=None, # the mean over N equal parts of the images: 5 for COCO's 5-fold 1K
+    # the mean over N equal parts of the images: 5 for COCO's 5-fold 1K
+    folds:Annotated[int, Option("N", 2, 10_000)]=None,
     bank:File=None, # encoded training images and captions: correct the recalls for hubness (CSLS)
     intervals:bool=False, # bootstrap intervals (95 %) of every figure, unless --folds
-    ndcg:Annotated[Literal["rouge", "spice"]|None, Option(otherwise="rouge")]=None, # NDCG@25 too, with relevances by ROUGE-L or SPICE (needs pycocoevalcap and Java); needs --data
-    judgements:File=None, # rank correlation with Flickr8k's human judgements too (ExpertAnnotations.txt or CrowdFlowerAnnotations.txt); needs --names
+    # NDCG@25 too, with relevances by ROUGE-L or SPICE (needs pycocoevalcap and Java); needs --data
+    ndcg:Annotated[Literal["rouge", "spice"]|None, Option(otherwise="rouge")]=None,
+    # rank correlation with Flickr8k's human judgements too (ExpertAnnotations.txt or CrowdFlowerAnnotations.txt);
+    # needs --names
+    judgements:File=None,
     names:File=None, # table of image ids and file names, for --judgements
     data:Folder=None, # data folder with the captions, for --ndcg
     split:Split="test", # which split was encoded, for --ndcg
@@ -153,8 +169,8 @@ def evaluate(
     encoded = load_embeddings(embeddings)
     if keys: encoded = encoded.subset(read_keys(keys))
     if folds and len(encoded.image_ids) % folds:
-        fix = "choose the images with --keys, or other folds"
-        raise InputError(embeddings, "images", f"a multiple of {folds} for --folds {folds}", len(encoded.image_ids), fix)
+        expected,fix = f"a multiple of {folds} for --folds {folds}","choose the images with --keys, or other folds"
+        raise InputError(embeddings, "images", expected, len(encoded.image_ids), fix)
     if json: _check_metrics_file(json)
     encoded = encoded.to(default_device())
     metrics = _recalls(encoded, head, folds, bank, memory, bfloat16, intervals)

@@ -6,13 +6,13 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../../nbs/cli/05_main.ipynb #16a51ce9
-import argparse, errno, importlib, os, sys
+import argparse, errno, gc, importlib, os, sys
 
 import aladin
 from .command import COMMANDS, parser_of
 
 # %% ../../nbs/cli/05_main.ipynb #2fef2ffa
-for _module in ("data", "runs", "evaluate", "search"): importlib.import_module(f"aladin.cli.{_module}") # which fill COMMANDS
+for _module in ("data", "runs", "evaluate", "search"): importlib.import_module(f"aladin.cli.{_module}") # fills COMMANDS
 
 _ENVIRONMENT = """environment variables:
   ALADIN_DEVICE         where to compute: cpu, cuda, cuda:1 ... (default: the
@@ -25,9 +25,10 @@ _ENVIRONMENT = """environment variables:
 
 # %% ../../nbs/cli/05_main.ipynb #86a64aa4
 def make_parser()->argparse.ArgumentParser:
-    "The parser of the `aladin` command, which knows the names of all commands and what they are for."
-    parser = argparse.ArgumentParser("aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate, search.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_ENVIRONMENT)
+    "The parser of the `aladin` command, with the names and the descriptions of all commands."
+    parser = argparse.ArgumentParser(
+        "aladin", description="Image-text retrieval after ALADIN: train, encode, evaluate, search.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_ENVIRONMENT)
     parser.add_argument("--version", action="version", version=f"aladin {aladin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, made in COMMANDS.items(): commands.add_parser(name, help=made.about.replace("%", "%%"), add_help=False)
@@ -35,13 +36,15 @@ def make_parser()->argparse.ArgumentParser:
 
 # %% ../../nbs/cli/05_main.ipynb #3437ac4a
 _PLACE = "choose a place that you may use, or change its permissions"
-_ROOM = "make room, or choose another disk"
-_ADVICE = {errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: "choose a place that can be written to", errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM,
-           errno.EISDIR: "name a file", errno.ENOTDIR: "check the path: a part of it is a file",
-           errno.ENAMETOOLONG: "choose a shorter name", errno.ENOENT: "check the path"}
+_SPACE = "make room, or choose another disk"
+_ADVICE = {
+    errno.EACCES: _PLACE, errno.EPERM: _PLACE, errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EISDIR: "name a file",
+    errno.ENOTDIR: "check the path: a part of it is a file", errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path"}
 
 def _system_error(error):
-    "An error of the operating system in words."
+    "The message for an error of the operating system, with advice."
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     place = f"{' to '.join(names)}: " if names else ""
     advice = _ADVICE.get(error.errno, "see that the file system or the connection works, and give the command again")
@@ -49,14 +52,14 @@ def _system_error(error):
 
 # %% ../../nbs/cli/05_main.ipynb #f323f418
 def _closed_pipe():
-    "The reader of the output has gone: end silently, with the status of a command that SIGPIPE has ended."
+    "Stop printing after the reader of the output has ended; returns the status of a command that SIGPIPE ended."
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError): pass # an output without a file behind it
     return 128 + 13
 
 # %% ../../nbs/cli/05_main.ipynb #e8283bc6
 def _run(name, function, given):
-    "Run a command; its status. Errors that a user can act on become messages."
+    "Run a command and return its status. Errors that a user can act on become messages."
     from aladin.files import InputError, RunFailed
     def stop(message, status):
         print(f"aladin {name}: {message}", file=sys.stderr)
@@ -68,21 +71,24 @@ def _run(name, function, given):
     except (InputError, FloatingPointError, RunFailed) as e: return stop(e, 2)
     except BrokenPipeError: return _closed_pipe()
     except OSError as e: return stop(_system_error(e), 2)
-    except MemoryError as e: return stop(f"memory: {e or 'not enough'}. Fix: choose a smaller --batch-size or --memory", 2)
+    except MemoryError as e:
+        return stop(f"memory: {e or 'not enough'}. Fix: choose a smaller --batch-size or --memory", 2)
     except KeyboardInterrupt: return stop("stopped", 130)
 
 # %% ../../nbs/cli/05_main.ipynb #b67a488e
 def main(
-    arguments:list|None=None, # words of the command line; those of the process when not given
+    arguments:list|None=None, # words of the command line; None: those of the process, which then ends
 )->int: # exit status
     """Run the `aladin` command. Bad input and errors of the operating system end with a message and status 2.
 
     So do the problems that `verify`, `plan` and `reproduce` find."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # a terminal that knows only ASCII
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # for a terminal in ASCII
     words = sys.argv[1:] if arguments is None else list(arguments)
     found = COMMANDS.get(words[0]) if words else None
     if not found:
         make_parser().parse_args(words) # --help, --version, or an error
         return 2
-    return _run(found.name, found.function, vars(parser_of(found).parse_args(words[1:])))
+    status = _run(found.name, found.function, vars(parser_of(found).parse_args(words[1:])))
+    if arguments is None: gc.freeze()
+    return status

@@ -16,16 +16,20 @@ from .command import File, Folder, Option, Seed, command
 Configuration = Annotated[str, Option("NAME")]
 Settings = Annotated[str, Option("NAME")]
 
-@command("aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher",
-         "aladin train --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data --out runs/teacher --resume auto",
-         "torchrun --nproc-per-node 4 --no-python aladin train --configuration alad-alignment-triplet --data runs/coco --out runs/coco-teacher")
+_ONE = "--configuration alad-alignment-triplet --settings scenes --data runs/scenes/data"
+
+@command(f"aladin train {_ONE} --out runs/teacher",
+         f"aladin train {_ONE} --out runs/teacher --resume auto",
+         "torchrun --nproc-per-node 4 --no-python aladin train --configuration alad-alignment-triplet --data runs/coco"
+         " --out runs/coco-teacher")
 def train(
     configuration:Configuration, # a configuration by its name, or a YAML file (ours or the authors')
     data:Folder, # prepared folder
     out:Folder, # run folder to write
     settings:Settings="", # a data set's settings by their name, or a YAML file; none if not given
     teacher:Folder=None, # model folder that the student starts from; needed where a frozen backbone is distilled
-    resume:Literal["", "auto", "previous"]="", # auto: from the newest checkpoint in --out, if there is one; previous: from the newest that can be read
+    # auto: from the newest checkpoint in --out, if there is one; previous: from the newest that can be read
+    resume:Literal["", "auto", "previous"]="",
     force:bool=False, # replace a training that is there, once the new one has ended
     seed:Seed=None, # random seed; the configuration's if not given
 ):
@@ -37,10 +41,11 @@ def train(
     if int(os.environ.get("RANK", 0)): return
     taken = summary["teacher"]
     if taken: print(f"{len(taken['taken'])} tensors from {teacher}, new: {', '.join(taken['left'])}")
-    for head, metrics in summary["minival"].items(): print(f"minival {head}: rsum {metrics['rsum']:.1f} (step {summary['best_step']})")
+    for head, metrics in summary["minival"].items():
+        print(f"minival {head}: rsum {metrics['rsum']:.1f} (step {summary['best_step']})")
 
 # %% ../../nbs/cli/02_runs.ipynb #57ef21a4
-@command("aladin plan --configuration alad-alignment-triplet --settings scenes --data runs/scenes/data",
+@command(f"aladin plan {_ONE}",
          "aladin plan --configuration alad-alignment-and-matching-distill --data coco_ir --features vinvl")
 def plan_command(
     configuration:Configuration, # a configuration by its name, or a YAML file (ours or the authors')
@@ -53,7 +58,7 @@ def plan_command(
     teacher:Folder=None, # model folder that the student would start from
     seed:Seed=None, # random seed; the configuration's if not given
 ):
-    "A dry run: check all files, measure a few training steps, report times and disk needed. Status 2 where there are problems."
+    "A dry run: check all files, measure a few training steps, report time and space. Status 2 for problems."
     from aladin.runs.plan import plan
     found = plan(configuration, data, settings, features, vocabulary, out, seed, steps, teacher)
     for line in found.lines: print(line)
@@ -61,8 +66,8 @@ def plan_command(
     return 2 if found.problems else 0
 
 # %% ../../nbs/cli/02_runs.ipynb #a91fb28f
-@command("aladin lengths --configuration 'alad-alignment-triplet_4_det+fast_clip-labels' --settings scenes --data results/scenes-2.0/data"
-         " --total 24 --tags 4 8 12 --out results/scenes-2.0/lengths")
+@command("aladin lengths --configuration 'alad-alignment-triplet_4_det+fast_clip-labels' --settings scenes"
+         " --data results/scenes-2.0/data --total 24 --tags 4 8 12 --out results/scenes-2.0/lengths")
 def lengths(
     configuration:Configuration, # a configuration by its name, or a YAML file (ours or the authors')
     data:Folder, # prepared folder
@@ -70,49 +75,58 @@ def lengths(
     tags:list[Annotated[int, Option("N", 2, 100_000)]], # most tags of an image, one training each
     settings:Settings="", # a data set's settings by their name, or a YAML file; none if not given
     total:Annotated[int, Option("N", 3, 100_000)]=84, # most tags and regions together
-    tokens:list[Annotated[int, Option("N", 3, 512)]]=(), # longest captions, tried with each; the configuration's if not given
+    # longest captions, each tried with each; the configuration's if not given
+    tokens:list[Annotated[int, Option("N", 3, 512)]]=(),
     steps:Annotated[int, Option("N", 0, 10**9)]=0, # end each training after this many steps; 0: as configured
     force:bool=False, # replace trainings with other settings that are there
     seed:Seed=None, # random seed; the configuration's if not given
 ):
-    "Train a configuration for several lengths of tags and regions, and draw the recall on minival, the validation split."
+    "Train a configuration for several lengths of tags and regions, and draw the recall on the validation split."
     from aladin.runs.graph import run_notebook
-    given = dict(configuration=configuration, settings=settings, data=data, out=out, total=total, tags=tags, tokens=tokens, steps=steps, force=force)
+    given = dict(configuration=configuration, settings=settings, data=data, out=out, total=total, tags=tags,
+                 tokens=tokens, steps=steps, force=force)
     if seed is not None: given["seed"] = seed
     print(run_notebook("lengths", out, given))
     print(Path(out, "lengths.csv").read_text(), end="")
 
 # %% ../../nbs/cli/02_runs.ipynb #58c4a619
-@command("aladin results", "aladin results --data coco_ir --name coco --out results")
+@command("aladin results", "aladin results --size tiny --configuration alad-alignment-triplet",
+         "aladin results --data coco_ir --name coco --out results")
 def results(
     out:Folder="results", # results folder
     data:Folder=None, # data folder in the COCO-IR layout; the embedded scenes if not given
     features:Folder=None, # folder with the regions; the data folder if not given
     name:Annotated[str, Option("NAME")]=None, # name of the data set in the results; its folder's if not given
     size:Literal["full", "tiny"]="full", # tiny takes a minute and only shows that everything runs
-    settings:Settings=None, # settings that scale the configurations; those of the data set's name, else default, if not given
+    # settings that scale the configurations; those of the data set's name, else default, if not given
+    settings:Settings=None,
     vocabulary:File=None, # a vocab.txt; the data's own, or one made from its captions, if not given
     pictures:Folder=None, # folder with the pictures, for the attention figures; the data folder if not given
-    configuration:Annotated[list[str], Option("NAME", repeated=True)]=(), # only this configuration, by name or YAML file; may be repeated
+    # only this configuration, by name or YAML file; may be repeated
+    configuration:Annotated[list[str], Option("NAME", repeated=True)]=(),
     seed:Seed=None, # first seed; each configuration's own if not given
     seeds:Annotated[int, Option("N", 1, 10_000)]=1, # train every configuration with N seeds, counted up from the first
-    jobs:Annotated[int, Option("N", 1, 100_000)]=None, # CPU cores to use, all if not given; with --profile, jobs at a time
+    # CPU cores to use, all if not given; with --profile, jobs at a time
+    jobs:Annotated[int, Option("N", 1, 100_000)]=None,
     threads:Annotated[int, Option("N", 1, 10_000)]=1, # CPU threads of one run
     profile:Folder=None, # Snakemake profile, such as nbs/experiments/profiles/slurm
     force:bool=False, # redo what is already there
 ):
     "Prepare, train, evaluate and compare the configurations (make results)."
     from aladin.runs.graph import CONFIGURATIONS, run_results
-    study = dict(data=data, features=features, name=name, size=size, seed=seed, seeds=seeds, settings=settings, vocabulary=vocabulary,
-                 pictures=pictures, configurations=configuration or CONFIGURATIONS, threads=threads)
+    study = dict(data=data, features=features, name=name, size=size, seed=seed, seeds=seeds, settings=settings,
+                 vocabulary=vocabulary, pictures=pictures, threads=threads,
+                 configurations=configuration or CONFIGURATIONS)
     table = run_results(out, jobs, force, profile, say=lambda line: print(line, flush=True), **study)
     print(table.round(1).to_string(index=False))
 
 # %% ../../nbs/cli/02_runs.ipynb #bc67a3e3
 @command("aladin reproduce results/scenes")
 def reproduce(
-    folder:Annotated[str, Option("DIR", positional=True)], # results of a data set, with runs in <configuration>/seed-<number>
-    reference:Folder=None, # folder of the published runs; those of the data set's name that come with the package if not given
+    # results of a data set, with runs in <configuration>/seed-<number>
+    folder:Annotated[str, Option("DIR", positional=True)],
+    # folder of the published runs; those of the data set's name that come with the package if not given
+    reference:Folder=None,
 ):
     "Compare runs with the published ones that have the same settings and seeds. Status 2 where a figure differs."
     from aladin.runs.reference import compare_runs, comparison_text
@@ -135,9 +149,10 @@ def _read_graph(path, run):
 # %% ../../nbs/cli/02_runs.ipynb #833207e0
 Stage = Literal["prepare", "pretrain", "train", "evaluate", "attention", "report"]
 
-@command("aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")
+@command("aladin stage --graph results/scenes-tiny/graph.json report",
+         "aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")
 def stage_command(
-    stage:Annotated[Stage, Option(positional=True)], # which stage
+    stage:Annotated[Stage, Option(positional=True)], # the stage to run
     graph:File, # graph.json that aladin results wrote
     run:Annotated[str, Option("RUN")]="", # <configuration>/seed-<number>, for the stages of a run
 ):

@@ -22,7 +22,8 @@ def _report_vanished(index, images, data, prune):
     if not gone: return
     if prune: index.delete(gone)
     names = ", ".join(gone[:20]) + " ..."*(len(gone) > 20)
-    report(f"{len(gone)} pictures of the index are not in {data}: {names}; {'were removed' if prune else 'remove them with --prune'}")
+    what = "were removed" if prune else "remove them with --prune"
+    report(f"{len(gone)} pictures of the index are not in {data}: {names}; {what}")
 
 # %% ../../nbs/cli/04_search.ipynb #e1cbcf18
 def _built_index(model, data, out, split, keys, features, engine, approximate, prune, batch_size):
@@ -53,11 +54,13 @@ def index_command(
     features:Folder=None, # folder with the regions; the data folder if not given
     keys:File=None, # key file that chooses the images; a bare name is looked up in the data folder
     split:Split=None, # only this split; every picture that has regions if not given
-    engine:Annotated[str, Option("NAME")]=None, # exact: compared in memory; milvus: a file in the index; or a Milvus server's address, its token in ALADIN_MILVUS_TOKEN
+    # exact: compared in memory; milvus: a file in the index; or the address of a Milvus server, with its token in
+    # ALADIN_MILVUS_TOKEN
+    engine:Annotated[str, Option("NAME")]=None,
     approximate:bool=False, # Milvus only: search a graph instead of every vector, for millions of pictures
     prune:bool=False, # remove the pictures of the index that the data folder no longer has
     delete:list[Annotated[str, Option("ID")]]=None, # take these pictures out of the index
-    batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # images or captions encoded at once
+    batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # number of images or captions in a batch
 ):
     "Encode pictures, and their captions where they have some, into an index to search; resumes where it was stopped."
     from aladin.files import InputError
@@ -89,14 +92,17 @@ _EXPORTED = dict(hdf5=["index.h5"], parquet=["images.parquet", "captions.parquet
 
 def _print_encoder(about):
     "What the export of the caption encoder found."
-    print(f"caption_encoder.onnx: {about['bytes']['']:,} bytes, differs from torch by {about['largest_difference']:.0e} at most; "
+    print(f"caption_encoder.onnx: {about['bytes']['']:,} bytes, "
+          f"differs from torch by {about['largest_difference']:.0e} at most; "
           f"int8: {about['bytes']['.int8']:,} bytes, mean cosine to the exact vector {about['int8_cosine']:.4f}")
     for kind, recalls in about.get("recall", {}).items():
-        if kind != "captions": print(f"{kind:8} " + "  ".join(f"{n} {v:.1f}" for n, v in recalls.items()) + f" % of {about['recall']['captions']} captions")
+        if kind == "captions": continue
+        figures = "  ".join(f"{n} {v:.1f}" for n, v in recalls.items())
+        print(f"{kind:8} {figures} % of {about['recall']['captions']} captions")
 
 # %% ../../nbs/cli/04_search.ipynb #d8248df1
 @command("aladin export --index pictures.index --out exported",
-         "aladin export --index pictures.index --format onnx --out encoder")
+         "aladin export --index pictures.index --format onnx --out pictures.index/encoder")
 def export(
     index:Folder, # made by aladin index
     out:Folder, # folder to write
@@ -118,7 +124,8 @@ def export(
     opened.close()
 
 # %% ../../nbs/cli/04_search.ipynb #1eff213a
-@command("aladin search-study --model results/scenes/alad-alignment-and-matching-distill/seed-88/model --data results/scenes/data --name scenes --out study")
+@command("aladin search-study --model results/scenes/alad-alignment-and-matching-distill/seed-88/model"
+         " --data results/scenes/data --name scenes --out study")
 def search_study(
     model:Folder, # model folder
     data:Folder, # data folder: captions and key files in the COCO-IR layout, or a prepared folder
@@ -141,8 +148,10 @@ def search_study(
     loaded, training = load_model(model), Path(model).parent/"training.json"
     test = open_split(data, split, loaded.processor, features, keys)
     record = read_json(training) if training.exists() else {}
-    about = {k: record[k] for k in ("best_step", "made by") if k in record} | (dict(configuration=record["config"]["name"]) if record else {})
-    table = write_study(out, SearchIndex.build(loaded, test), test, name or Path(data).name, about, provenance(seed), seed)
+    about = {k: record[k] for k in ("best_step", "made by") if k in record}
+    if record: about["configuration"] = record["config"]["name"]
+    index, name = SearchIndex.build(loaded, test), name or Path(data).name
+    table = write_study(out, index, test, name, about, provenance(seed), seed)
     print(table.round(2).to_string(index=False))
 
 # %% ../../nbs/cli/04_search.ipynb #82530e5f
@@ -163,7 +172,9 @@ def _as_json(asked, hits, find):
     rows = []
     for hit in hits:
         a, picture = hit.alignment, find(hit.image_id)
-        words = a and [dict(word=w, box=a.boxes[r].tolist(), tag=a.tags and a.tags[r], cosine=c) for w, r, c in a.best()]
+        def found(word, region, cosine):
+            return dict(word=word, box=a.boxes[region].tolist(), tag=a.tags and a.tags[region], cosine=cosine)
+        words = a and [found(*o) for o in a.best()]
         rows.append(dict(id=hit.id, image_id=hit.image_id, score=hit.score, matching=hit.matching, text=hit.text,
                          picture=str(picture) if picture else None, words=words))
     return _line(dict(query=asked, hits=rows))
@@ -173,22 +184,27 @@ def _print_hits(asked, hits, captions):
     "The answers to one query as a table: captions, or pictures with their words."
     print(f"{asked}\n{'':>4}{'score':>8}{'matching':>10}  " + ("caption" if captions else f"{'image':24}words"))
     for rank, hit in enumerate(hits, 1):
-        print(f"{rank:>4}{hit.score:8.3f}{hit.matching:10.3f}  " + (hit.text if hit.text is not None else f"{hit.id:24}{_words(hit)}"), flush=True)
+        found = hit.text if hit.text is not None else f"{hit.id:24}{_words(hit)}"
+        print(f"{rank:>4}{hit.score:8.3f}{hit.matching:10.3f}  {found}", flush=True)
 
 # %% ../../nbs/cli/04_search.ipynb #22f071a3
 def _queries(texts):
-    "Each query of the command line, or of standard input line by line; an `InputError` in place of one that cannot be read."
+    "The queries of the command line, or the lines of standard input; an `InputError` for one that cannot be read."
     from aladin.files import InputError
     source = getattr(sys.stdin, "buffer", sys.stdin) if not texts else texts
     for number, text in enumerate(source, 1):
         where = f"query {number}"
         try:
-            if isinstance(text, str): text = os.fsencode(text) # bytes that the terminal's encoding does not know
+            if isinstance(text, str): text = os.fsencode(text) # also bytes that the terminal's encoding does not have
             text = text.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeError: yield InputError("aladin search", where, "text in UTF-8", "another encoding", "save the queries as UTF-8")
+        except UnicodeError:
+            fix = "save the queries as UTF-8"
+            yield InputError("aladin search", where, "text in UTF-8", "another encoding", fix)
         else:
             if text.strip(): yield text.strip()
-            elif texts: yield InputError("aladin search", where, "some words", "an empty query", "say what the picture shows")
+            elif texts:
+                fix = "say what the picture shows"
+                yield InputError("aladin search", where, "some words", "an empty query", fix)
             else: print(f"aladin search: line {number} of the queries is empty and is skipped", file=sys.stderr)
 
 # %% ../../nbs/cli/04_search.ipynb #ef1b6bd3
@@ -207,7 +223,7 @@ def _answers(index, texts, images, k, rerank):
 
 # %% ../../nbs/cli/04_search.ipynb #db864293
 def _report_problem(asked, problem, json):
-    "Say why a query has no answer; with --json there is a line for each query."
+    "Print why a query has no answer; with --json there is a line for each query."
     print(f"aladin search: {problem}", file=sys.stderr)
     if json: print(_line(dict(query=asked, hits=[], error=str(problem))), flush=True)
 
@@ -225,11 +241,12 @@ def _open_index(index, model):
          "aladin search --index pictures.index --image 42")
 def search(
     index:Folder, # made by aladin index
-    text:Words=(), # what the pictures should show, in quotes; none: read from standard input, one a line
+    text:Words=(), # what the pictures should show, in quotes; none: lines of standard input
     model:Folder=None, # model folder; the one that the index was built with if not given
     image:list[Annotated[str, Option("ID")]]=None, # find captions for these pictures of the index instead
-    k:Count=10, # answers
-    rerank:Annotated[int, Option("N", 0, 10**9)]=100, # candidates of the matching head that the alignment head ranks; 0: none
+    k:Count=10, # number of answers
+    # candidates of the matching head that the alignment head ranks; 0: none
+    rerank:Annotated[int, Option("N", 0, 10**9)]=100,
     show:File=None, # write an HTML page with the pictures and the words' regions
     json:bool=False, # print a line of JSON for each query instead of a table
     pictures:Folder=None, # folder with the pictures; where aladin extract found them, or the data folder, if not given
@@ -260,9 +277,9 @@ def search(
 def demo_command(
     text:Words=("a red fish above a green cactus",), # what the pictures should show
     out:Folder="aladin-demo", # folder for the pictures, their index and the page with the answers
-    k:Count=10, # answers
+    k:Count=10, # number of answers
 ):
-    "Search a thousand drawn pictures with the model that comes with the package. The first call draws and indexes them."
+    "Search a thousand drawn pictures with the model of the package. The first call draws and indexes them."
     from aladin.search.demo import demo
     from aladin.search.page import picture_finder, search_page
     made = demo(out)

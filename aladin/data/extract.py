@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..files import atomic_dir, atomic_write, check_output_dir, InputError, locked, write_json
 from ..device import default_device, hash_weights
 from .pictures import find_pictures, open_picture
-from .regions import check_detections, offsets_of, write_store, box_geometry, Detections, Regions, RegionStore
+from .regions import (
+    box_geometry, check_detections, Detections, offsets_of, Regions, RegionStore, write_store)
 from .clip import check_replaceable
 from .formats import captions_by_id, split_captions
 
@@ -34,8 +35,9 @@ def _offline():
 def _load_detector(name):
     "Image processor and model of a detector."
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
-    kinds, hub = (AutoImageProcessor, AutoModelForObjectDetection), name.removeprefix("hub:")
-    if name.startswith("hub:"): return [kind.from_pretrained(hub, local_files_only=False) for kind in kinds]
+    kinds = AutoImageProcessor, AutoModelForObjectDetection
+    if name.startswith("hub:"):
+        return [kind.from_pretrained(name.removeprefix("hub:"), local_files_only=False) for kind in kinds]
     if not Path(name).is_dir():
         raise InputError(name, "detector", "the folder of an object detector, or hub:NAME", "nothing there",
                          "check the path, or write hub: before a name to fetch it")
@@ -43,7 +45,7 @@ def _load_detector(name):
 
 # %% ../../nbs/data/11_extract.ipynb #112e7483
 class Detector:
-    "An object detector of `transformers` (DETR, RT-DETR, YOLOS and relatives). Raises `InputError` for any other folder."
+    "An object detector of transformers (DETR, RT-DETR, YOLOS and relatives). Raises `InputError` for another folder."
     def __init__(self,
         name:str, # its folder, or hub:NAME, which fetches one
         threshold:float=.2, # boxes with a lower score are dropped
@@ -53,18 +55,20 @@ class Detector:
         try: self.processor,self.model = _load_detector(str(name))
         except (OSError, ValueError, KeyError, ImportError) as e:
             if isinstance(e, InputError): raise
-            raise InputError(name, "detector", "an object detector that transformers can load", str(e).strip().split("\n")[0][:200],
-                             "choose another, such as hub:PekingU/rtdetr_r50vd") from None
+            expected,found = "an object detector that transformers can load",str(e).strip().split("\n")[0][:200]
+            fix = "choose another, such as hub:PekingU/rtdetr_r50vd"
+            raise InputError(name, "detector", expected, found, fix) from None
         self.model = self.model.eval().to(default_device())
         self.names = {int(k): v for k,v in self.model.config.id2label.items()}
         self.threshold,self.least,self.most = threshold,least,most
 
     @property
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "Changes with the weights, the classes and what is kept."
-        h = hashlib.sha256(json.dumps([self.names, self.threshold, self.least, self.most, self.processor.to_dict()], default=str).encode())
-        hash_weights(h, self.model)
-        return h.hexdigest()[:16]
+        "A digest of the weights, the classes, the thresholds and the image processor."
+        about = [self.names, self.threshold, self.least, self.most, self.processor.to_dict()]
+        digest = hashlib.sha256(json.dumps(about, default=str).encode())
+        hash_weights(digest, self.model)
+        return digest.hexdigest()[:16]
 
     def _scores(self, logits):
         "The probability of each class, [pictures, queries, classes]."
@@ -73,21 +77,24 @@ class Detector:
     @torch.no_grad()
     def __call__(self,
         pictures:list, # PIL images, RGB
-    )->list: # for each a dict: rects [boxes, 4] in pixels, confidences [boxes], classes (names), vectors [boxes, dim + 6]
-        "Detect in some pictures; best boxes first."
+    )->list: # of dicts: rects [boxes, 4] in pixels, confidences [boxes], classes [boxes], vectors [boxes, dim + 6]
+        "The regions of some pictures, those with the highest confidence first."
         out = self.model(**self.processor(images=pictures, return_tensors="pt").to(self.model.device))
         confidences,classes = self._scores(out.logits).max(-1)
         hidden = out.last_hidden_state[:, -out.logits.shape[1]:] # YOLOS has its queries after the patches
-        return [self._best(*(o[i].float().cpu().numpy() for o in (confidences, classes, out.pred_boxes, hidden)), picture.size) for i,picture in enumerate(pictures)]
+        found = [o.float().cpu().numpy() for o in (confidences, classes, out.pred_boxes, hidden)]
+        return [self._best(*(o[i] for o in found), picture.size) for i,picture in enumerate(pictures)]
 
     def _best(self, confidences, classes, boxes, hidden, size):
-        "What stays of one picture's queries."
+        "The queries of one picture that are kept, as a dict of arrays."
         order = np.argsort(-confidences, kind="stable")
         order = order[:min(self.most, max(self.least, int((confidences >= self.threshold).sum())))]
         x,y,w,h = boxes[order].T
         rects = np.clip(np.stack([x - w/2, y - h/2, x + w/2, y + h/2], 1), 0, 1)*np.array([*size, *size], np.float32)
         vectors = np.concatenate([hidden[order], box_geometry(rects, size)], 1)
-        return dict(rects=rects.astype(np.float32), confidences=confidences[order], classes=[self.names[int(c)] for c in classes[order]], vectors=vectors.astype(np.float32))
+        names = [self.names[int(c)] for c in classes[order]]
+        return dict(rects=rects.astype(np.float32), confidences=confidences[order], classes=names,
+                    vectors=vectors.astype(np.float32))
 
 # %% ../../nbs/data/11_extract.ipynb #de0b3e9d
 _MAKER = "aladin.make_detector"
@@ -98,13 +105,17 @@ def _new_detector(kind, names, queries, dim, side):
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessorPil, RTDetrResNetConfig
     widths = [16, 24, 32, 48]
     backbone = dict(embedding_size=16, hidden_sizes=widths, depths=[1, 1, 1, 1], layer_type="basic")
-    shared = dict(d_model=dim, num_queries=queries, decoder_layers=2, encoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-                  encoder_ffn_dim=2*dim, decoder_ffn_dim=2*dim, id2label=names, label2id={n: i for i,n in names.items()}, use_pretrained_backbone=False)
+    shared = dict(
+        d_model=dim, num_queries=queries, decoder_layers=2, encoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=2*dim, decoder_ffn_dim=2*dim, id2label=names,
+        label2id={n: i for i,n in names.items()}, use_pretrained_backbone=False)
     if kind == "detr":
-        config = DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=ResNetConfig(out_features=["stage4"], **backbone), **shared)
+        stages = ResNetConfig(out_features=["stage4"], **backbone)
+        config = DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=stages, **shared)
         return DetrForObjectDetection(config), DetrImageProcessorPil(size=dict(shortest_edge=side, longest_edge=2*side))
     stages = RTDetrResNetConfig(out_features=["stage2", "stage3", "stage4"], **backbone)
-    config = RTDetrConfig(backbone_config=stages, encoder_in_channels=widths[1:], encoder_hidden_dim=dim, decoder_in_channels=[dim]*3, **shared)
+    config = RTDetrConfig(backbone_config=stages, encoder_in_channels=widths[1:], encoder_hidden_dim=dim,
+                          decoder_in_channels=[dim]*3, **shared)
     return RTDetrForObjectDetection(config), RTDetrImageProcessorPil(size=dict(height=side, width=side))
 
 # %% ../../nbs/data/11_extract.ipynb #082c07de
@@ -112,12 +123,12 @@ def make_detector(
     out, # folder to make
     kind:str="detr", # detr or rt_detr
     classes:tuple=("person", "dog", "tree"), # class names
-    queries:int=20, # boxes a picture
+    queries:int=20, # number of boxes in each picture
     dim:int=32, # width of its vectors
-    side:int=128, # pixels that pictures are brought to
+    side:int=128, # size in pixels to which pictures are scaled
     seed:int=0, # of the random weights
 ):
-    """A small detector with random weights in the form that `transformers` loads: to try extraction and search without fetching one.
+    """Write a small detector with random weights, to try extraction and search without fetching one.
 
     Raises `InputError` for a folder that holds anything but a detector made by this function."""
     if kind not in ("detr", "rt_detr"): raise ValueError(f"kind {kind!r} is not one of detr, rt_detr")
@@ -137,19 +148,23 @@ class _Extracted(Regions):
     "Regions in the parts of an extraction."
     def __init__(self, work, ids, fingerprint):
         self.path = self._index_path = Path(work)
-        self.skipped,counts,names,codes,arrays = {},[],{},[],dict(rects=[], confidences=[], sizes=[])
-        self.ids,self._at,self.fingerprint,self._last = [],{},fingerprint,(None, None)
+        self.ids,self.skipped,self.fingerprint = [],{},fingerprint
+        self._at = {} # image id -> number of its part, rows in it
+        self._last = None,None # number and content of the part that was read last
+        counts,names,codes,arrays = [],{},[],dict(rects=[], confidences=[], sizes=[])
         for number in range(0, len(ids), _PART):
             about,data = self._part(number//_PART)
             self.skipped |= about["skipped"]
             offsets = offsets_of(about["counts"])
             for row,i in enumerate(about["ids"]): self._at[i] = number//_PART,slice(*offsets[row:row+2].tolist())
-            self.ids += about["ids"]; counts += about["counts"]
+            self.ids += about["ids"]
+            counts += about["counts"]
             codes += [names.setdefault(c, len(names)) for c in about["classes"]]
             for k,v in arrays.items(): v.append(data[k])
         if not self.ids: return
         joined = {k: np.concatenate(v) for k,v in arrays.items()}
-        self.detections = Detections(work, self.ids, offsets_of(counts), list(names), np.array(codes, np.int32), joined["rects"], joined["confidences"], joined["sizes"])
+        codes = np.array(codes, np.int32)
+        self.detections = Detections(work, self.ids, offsets_of(counts), list(names), codes, **joined)
         check_detections(self.detections)
         self._index,self.dim = self.detections._index,self.features(self.ids[0]).shape[1]
 
@@ -182,9 +197,12 @@ def _detect(detector, batch):
 # %% ../../nbs/data/11_extract.ipynb #b60584a2
 def _unusable(path, found):
     "An `InputError` for what cannot be stored of a picture, or None."
-    if not len(found["classes"]): return InputError(path, "boxes", "at least one", "none", "lower the threshold, keep more boxes, or leave it out")
+    if not len(found["classes"]):
+        fix = "lower the threshold, keep more boxes, or leave it out"
+        return InputError(path, "boxes", "at least one", "none", fix)
     if not all(np.isfinite(found[k]).all() for k in ("rects", "confidences", "vectors")):
-        return InputError(path, "boxes", "finite numbers", "NaN or infinity", "leave it out, or choose another detector")
+        fix = "leave it out, or choose another detector"
+        return InputError(path, "boxes", "finite numbers", "NaN or infinity", fix)
 
 # %% ../../nbs/data/11_extract.ipynb #b02f6670
 def _extract_part(detector, pictures, path, batch_size):
@@ -193,7 +211,8 @@ def _extract_part(detector, pictures, path, batch_size):
     def flush():
         results,failed = _detect(detector, batch)
         for i,message in failed.items():
-            skipped[i] = str(InputError(pictures[i], "detector", "a picture that the detector can process", message, "crop it, or leave it out"))
+            expected = "a picture that the detector can process"
+            skipped[i] = str(InputError(pictures[i], "detector", expected, message, "crop it, or leave it out"))
         for i,o in results.items():
             if fault := _unusable(pictures[i], o): skipped[i] = str(fault)
             else: found[i] = o | dict(size=batch[i].size)
@@ -209,11 +228,14 @@ def _extract_part(detector, pictures, path, batch_size):
 # %% ../../nbs/data/11_extract.ipynb #0ebf1d2b
 def _write_part(path, found, skipped):
     "Write what was found in some pictures as one .npz file."
-    about = dict(ids=list(found), counts=[len(o["classes"]) for o in found.values()], classes=[c for o in found.values() for c in o["classes"]], skipped=skipped)
-    join = lambda key,*shape: np.concatenate([o[key] for o in found.values()]) if found else np.zeros(shape, np.float32)
+    counts,classes = [len(o["classes"]) for o in found.values()],[c for o in found.values() for c in o["classes"]]
+    about = dict(ids=list(found), counts=counts, classes=classes, skipped=skipped)
+    def joined(key, *shape):
+        return np.concatenate([o[key] for o in found.values()]) if found else np.zeros(shape, np.float32)
+    arrays = dict(rects=joined("rects", 0, 4), confidences=joined("confidences", 0), vectors=joined("vectors", 0, 6))
+    sizes = np.array([o["size"] for o in found.values()], np.int32).reshape(-1, 2)
     with atomic_write(path) as part, open(part, "wb") as f:
-        np.savez(f, about=np.frombuffer(json.dumps(about).encode(), np.uint8), rects=join("rects", 0, 4), confidences=join("confidences", 0), vectors=join("vectors", 0, 6),
-                 sizes=np.array([o["size"] for o in found.values()], np.int32).reshape(-1, 2))
+        np.savez(f, about=np.frombuffer(json.dumps(about).encode(), np.uint8), sizes=sizes, **arrays)
 
 # %% ../../nbs/data/11_extract.ipynb #5261e150
 _VERSION = 2 # of the parts: those of another version are not resumed
@@ -232,7 +254,7 @@ def _remove_parts(out):
 
 # %% ../../nbs/data/11_extract.ipynb #d108515a
 def _extract_parts(detector, found, work, batch_size, progress):
-    "Detect in all pictures; finished parts are not made again."
+    "Detect in all pictures; finished parts are kept."
     ids = list(found)
     work.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(ids), desc="extract", unit="picture", disable=not progress) as bar:
@@ -247,9 +269,18 @@ def _write_data(source, out, folder, found, splits, dtype, progress):
     with atomic_dir(out) as part:
         (part/"regions").mkdir()
         write_store(source, part/"regions", np.dtype(dtype), progress)
-        write_json(part/"pictures.json", dict(folder=str(folder.resolve()), files={i: found[i].relative_to(folder).as_posix() for i in source.ids}, skipped=source.skipped))
+        files = {i: found[i].relative_to(folder).as_posix() for i in source.ids}
+        write_json(part/"pictures.json", dict(folder=str(folder.resolve()), files=files, skipped=source.skipped))
         for split,texts in splits.items():
             if texts: write_json(part/f"{split}_captions.json", texts)
+
+# %% ../../nbs/data/11_extract.ipynb #37cdbca9
+def _digest(detector, found, batch_size):
+    "A digest of all that the regions depend on; of the pictures, the path, the size and the time of change."
+    files = [(i, p, p.stat()) for i,p in found.items()]
+    states = [[i, str(p), state.st_size, state.st_mtime_ns] for i,p,state in files]
+    about = [_VERSION, _PART, detector.fingerprint, batch_size, states]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/11_extract.ipynb #3b3c604e
 def extract(
@@ -258,10 +289,10 @@ def extract(
     out, # data folder to make; a link to an empty folder is followed
     captions=None, # file with captions: see `read_caption_file`
     dtype:str="float32", # type of the stored vectors: float32 or float16
-    batch_size:int=8, # pictures at once
+    batch_size:int=8, # number of pictures in a batch
     seed:int=0, # of the splits, where the captions do not name them
     progress:bool=True, # show a progress bar
-    report=lambda line: print(line, file=sys.stderr), # is given a line for each thing that is left out
+    report=lambda line: print(line, file=sys.stderr), # function that gets a line for each thing that is left out
 )->RegionStore:
     """Write a data folder: regions/, pictures.json and, with captions, the splits; resumes where a killed call stopped.
 
@@ -269,9 +300,8 @@ def extract(
     folder,out = Path(pictures),Path(os.path.realpath(out))
     check_output_dir(out)
     found = find_pictures(folder, report)
-    told = captions_by_id(captions, found, folder, report) if captions else {}
-    states = [[i, str(p), (s := p.stat()).st_size, s.st_mtime_ns] for i,p in found.items()]
-    digest = hashlib.sha256(json.dumps([_VERSION, _PART, detector.fingerprint, batch_size, states]).encode()).hexdigest()[:16]
+    described = captions_by_id(captions, found, folder, report) if captions else {}
+    digest = _digest(detector, found, batch_size)
     with locked(_beside(out, "lock"), f"writing to {out}"):
         check_output_dir(out)
         work = _beside(out, f"{digest}.parts")
@@ -280,8 +310,9 @@ def extract(
         for message in source.skipped.values(): report(f"left out: {message}")
         if not source.ids:
             shutil.rmtree(work)
-            raise InputError(folder, "pictures", "at least one that can be read and has boxes", f"{len(source.skipped)} that were left out", "check the files and the detector")
-        splits = split_captions(told, source.ids, seed)
+            expected,fix = "at least one that can be read and has boxes","check the files and the detector"
+            raise InputError(folder, "pictures", expected, f"{len(source.skipped)} that were left out", fix)
+        splits = split_captions(described, source.ids, seed)
         empty = [s for s,texts in splits.items() if not texts]
         if captions and empty: report(f"{out}: no captioned pictures in the splits {', '.join(empty)}")
         _write_data(source, out, folder, found, splits, dtype, progress)

@@ -25,7 +25,8 @@ def register_aggregation(
 )->Callable: # a decorator
     """Give an aggregation a name. Raises `ValueError` for a name that the package has already.
 
-    The function gets cosines [images, captions, regions, words], 0 in cells of padding, and the masks of regions [images, regions] and words
+    The function gets cosines [images, captions, regions, words], 0 in cells of padding, and the masks of regions
+    [images, regions] and words
     [captions, words], True where there is one; it returns scores [images, captions]."""
     if name in get_args(Aggregation): raise ValueError(f"aggregation {name!r} is one of the package's own")
     def register(function):

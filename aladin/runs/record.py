@@ -18,28 +18,35 @@ from ..device import device_name, select_device
 
 # %% ../../nbs/runs/00_record.ipynb #4643a9a3
 def _git(*words):
-    try: return subprocess.run(["git", *words], cwd=Path(aladin.__file__).parent, capture_output=True, text=True, timeout=20).stdout.strip()
+    "The output of a git command in the package's folder; empty where it fails or git is missing."
+    folder = Path(aladin.__file__).parent
+    try: return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ""
 
 # %% ../../nbs/runs/00_record.ipynb #fa5cfee2
 def _processor():
-    "The processor's model name."
+    "The model name of the CPU."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: return platform.processor()
     return next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.machine())
 
 # %% ../../nbs/runs/00_record.ipynb #3c829c53
-def provenance(
-    seed:int, # the run's seed
-)->dict:
-    "Commit, seed, package versions and machine."
-    packages = {n: version(n) for n in ("torch", "transformers", "numpy", "pandas", "papermill", "nbdev") if _installed(n)}
-    return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=bool(_git("status", "--porcelain", "--", ":/aladin", ":/nbs")), seed=seed,
-                date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), versions=dict(python=platform.python_version(), aladin=aladin.__version__, **packages),
-                machine=dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
-                             accelerator=device_name(select_device())))
-
-# %% ../../nbs/runs/00_record.ipynb #a1f30428
 def _installed(name):
+    "Whether a package is installed."
     try: return bool(version(name))
     except ImportError: return False
+
+# %% ../../nbs/runs/00_record.ipynb #a1f30428
+_PACKAGES = ("torch", "transformers", "numpy", "pandas", "papermill", "nbdev") # whose versions are recorded
+
+def provenance(
+    seed:int, # the run's seed
+)->dict: # commit, uncommitted_changes, seed, date, versions, machine
+    "The commit, the seed, the versions of the packages and the machine."
+    packages = {name: version(name) for name in _PACKAGES if _installed(name)}
+    changed = bool(_git("status", "--porcelain", "--", ":/aladin", ":/nbs"))
+    machine = dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                   system=platform.system(), accelerator=device_name(select_device()))
+    return dict(commit=_git("rev-parse", "HEAD") or None, uncommitted_changes=changed, seed=seed,
+                date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                versions=dict(python=platform.python_version(), aladin=aladin.__version__, **packages), machine=machine)

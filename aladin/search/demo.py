@@ -41,7 +41,8 @@ def demo(
     model = load_model(resource_dir("demo")/"model")
     with locked(folder/".lock", "preparing the demo", wait=True): # a second process uses what the first has made
         if (folder/"demo.json").exists(): return Demo(model, SearchIndex.open(folder/"index", model), folder)
-        if not (folder/"scenes"/"scenes.json").exists(): write_scenes(folder/"scenes", train=0, minival=0, test=images, progress=progress)
+        if not (folder/"scenes"/"scenes.json").exists():
+            write_scenes(folder/"scenes", train=0, minival=0, test=images, progress=progress)
         test = open_split(folder/"scenes", "test", model.processor)
         index = SearchIndex.build(model, test, folder/"index", progress=progress)
         write_json(folder/"demo.json", dict(images=len(index))) # all is there: the next call opens it

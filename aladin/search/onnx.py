@@ -78,8 +78,10 @@ class OnnxIndex:
             raise InputError(self.folder/"index.json", "engine", "exact", self.info["engine"], fix)
         self.captions = OnnxCaptions(encoder or self.folder/ENCODER)
         if self.captions.about.get("model") != self.info["model"]:
-            path,found = Path(encoder or self.folder/ENCODER)/"caption_encoder.json",self.captions.about.get("model")
-            raise InputError(path, "model", f"{self.info['model']}, as the index has", found, "export the encoder again")
+            path = Path(encoder or self.folder/ENCODER)/"caption_encoder.json"
+            found = self.captions.about.get("model")
+            expected = f"{self.info['model']}, as in index.json"
+            raise InputError(path, "model", expected, found, "export the encoder again")
         stores = {kind: SetStore(self.folder/kind, (of, "source"), self.info["dim"]) for kind,of in KINDS.items()}
         self.items = {kind: Items(store) for kind,store in stores.items()}
 

@@ -102,7 +102,7 @@ def search_page(
     answers:list, # of (what was asked, list of `Hit`)
     find, # from `picture_finder`
 ):
-    """Write the answers of searches as one HTML file; a click on a word shows its region, a click on a region its words.
+    """Write the answers of searches as one HTML file, where a click on a word shows its region and the reverse.
 
     Raises `InputError` as `check_page` does."""
     check_page(path)

@@ -94,7 +94,8 @@ def trained_heads(
     terms:list, # loss terms of the configuration
 )->tuple: # some of "alignment", "matching"
     "The heads that a configuration trains and therefore validates. Distillation only reads the alignment head."
-    read = heads_read([term for term in terms if term != "distillation"]) | ({"matching"} if "distillation" in terms else set())
+    read = heads_read([term for term in terms if term != "distillation"])
+    if "distillation" in terms: read = read | {"matching"}
     return tuple(head for head in ("alignment", "matching") if head in read)
 
 # %% ../../nbs/training/06_loop.ipynb #c8070a5e

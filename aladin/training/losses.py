@@ -163,7 +163,8 @@ def hidden_l1(
 @dataclass(frozen=True)
 class RegisteredLoss:
     "A loss with a name."
-    function:Callable # from alignment scores, matching scores (each [pairs, pairs] or None) and `LossSettings` to a scalar
+    # from alignment scores and matching scores, each [pairs, pairs] or None, and `LossSettings` to a scalar
+    function:Callable
     heads:tuple # the heads whose scores it reads: alignment, matching or both
 
 LOSSES = {} # name -> `RegisteredLoss`
@@ -174,7 +175,8 @@ def register_loss(
 )->Callable: # a decorator
     "Give a loss a name. Raises `ValueError` for a name that the package has already, or another head."
     if name in get_args(Term): raise ValueError(f"loss {name!r} is one of the package's own")
-    if not heads or set(heads) - {"alignment", "matching"}: raise ValueError(f"heads {heads!r}: expected alignment, matching or both")
+    if not heads or set(heads) - {"alignment", "matching"}:
+        raise ValueError(f"heads {heads!r}: expected alignment, matching or both")
     def register(function):
         LOSSES[name] = RegisteredLoss(function, tuple(heads))
         add_value(Term, name)
@@ -182,7 +184,8 @@ def register_loss(
     return register
 
 # %% ../../nbs/training/00_losses.ipynb #0b997f5e
-_HEADS = dict(alignment={"alignment"}, matching={"matching"}, distillation={"alignment", "matching"}, entropy={"matching"}, hidden_l1={"matching"})
+_HEADS = dict(alignment={"alignment"}, matching={"matching"}, distillation={"alignment", "matching"},
+              entropy={"matching"}, hidden_l1={"matching"})
 
 def heads_read(
     terms:list, # of `loss.terms`
