@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_fingerprint', 'SearchIndex']
 
-# %% ../../nbs/search/02_index.ipynb #3624c3b2
+# %% ../../nbs/search/02_index.ipynb #4d6e786d
 import hashlib, json, tempfile, uuid
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from .engines import ExactEngine, MilvusEngine
 from .segments import (
     check_engine, FORMAT, Hit, Items, KINDS, read_index, SetStore, VERSION)
 
-# %% ../../nbs/search/02_index.ipynb #39710628
+# %% ../../nbs/search/02_index.ipynb #7f8c3d47
 _GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__ and f.name != "clip"]
 
 def model_fingerprint(
@@ -39,14 +39,14 @@ def model_fingerprint(
     hash_weights(digest, model)
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/search/02_index.ipynb #0b8404c6
+# %% ../../nbs/search/02_index.ipynb #15517bf4
 def _share_clip(model, images):
     "Let the model read queries with the CLIP that the images were opened with."
     processor, split = model.checked_processor(), images.split if isinstance(images, Encoded) else images
     if processor.needs_clip and processor.clip is None:
         model.processor = AladinProcessor(processor.tokenizer, processor.settings, split.processor.clip)
 
-# %% ../../nbs/search/02_index.ipynb #aea12d39
+# %% ../../nbs/search/02_index.ipynb #174c5000
 class SearchIndex:
     "Pictures and captions to be searched: vectors in an engine, region and token sets mapped from disk."
     def __init__(self,
@@ -73,31 +73,17 @@ class SearchIndex:
             raise InputError(path, "dim", expected, self.info["dim"], "build the index again")
 
     def _engine(self, kind):
-        i,store = self.info,self.stores[kind]
+        "The engine of images or captions, as index.json names it."
+        i, store = self.info, self.stores[kind]
         if i["engine"] == "exact": return ExactEngine(store)
         uri = self.folder/"vectors.db" if i["engine"] == "milvus" else i["engine"]
         return MilvusEngine(store, uri, f"aladin_{i['name']}_{kind}", i["dim"], i["model"], i["approximate"])
 
     def __len__(self): return len(self.engines["images"])
 
-    def image_ids(self)->list:
-        "The ids of all pictures, in the order in which they were added."
-        engine = self.engines["images"]
-        return (engine if isinstance(engine, Items) else Items(self.stores["images"])).ids()
-
     def __contains__(self, image_id): return bool(self.engines["images"].find([str(image_id)]))
 
-    def sizes(self)->tuple: # bytes of the vectors, bytes of the region sets with their boxes
-        "The space that the pictures' segments take on disk."
-        def size(*names): return sum(p.stat().st_size for n in names for p in (self.folder/"images").glob(f"*/{n}.npy"))
-        return size("vectors"),size("sets", "offsets", "boxes")
-
-    def close(self):
-        "Close the connection to Milvus, where it is the engine."
-        for engine in self.engines.values():
-            if hasattr(engine, "close"): engine.close()
-
-# %% ../../nbs/search/02_index.ipynb #0e116e17
+# %% ../../nbs/search/02_index.ipynb #c44b32e5
 @patch(cls_method=True)
 def create(cls:SearchIndex,
     folder, # to be made
@@ -120,57 +106,34 @@ def create(cls:SearchIndex,
         (folder/"index.json").unlink()
         raise
 
-# %% ../../nbs/search/02_index.ipynb #133c2ad9
-@patch(cls_method=True)
-def build(cls:SearchIndex,
-    model:AladinModel, # a model with its processor
-    images, # a `RetrievalSet`, with captions or without, or what `AladinModel.encode_images` made of one
-    out=None, # folder of the index; an interrupted build resumes there. A temporary one when not given
-    engine:str|None=None, # as for `create`; by default that of the index, or exact for a new one
-    approximate:bool=False, # Milvus only, a new index: search a graph instead of every vector
-    batch_size:int=64, # number of images or captions in a batch
-    progress:bool=True, # show a progress bar
-):
-    "Make or extend an index; what `out` has already from the same data is not encoded again."
-    scratch = tempfile.TemporaryDirectory() if out is None else None
-    folder = Path(scratch.name if scratch else out)
-    _share_clip(model, images)
-    with locked(folder.with_name(f".{folder.name}.lock"), "creating this index", wait=True): # a second process waits
-        exists = (folder/"index.json").exists()
-        index = cls(folder, model) if exists else cls.create(folder, model, engine or "exact", approximate)
-    if engine not in (None, index.info["engine"]):
-        expected = f"{index.info['engine']}, which holds this index"
-        raise InputError(folder, "engine", expected, engine, "leave the engine out, or build another index")
-    index._scratch = scratch
-    index.add(images, batch_size, progress)
-    return index
+# %% ../../nbs/search/02_index.ipynb #c0d62161
+@patch
+def image_ids(self:SearchIndex)->list: # of str
+    "The ids of all pictures, in the order in which they were added."
+    engine = self.engines["images"]
+    return (engine if isinstance(engine, Items) else Items(self.stores["images"])).ids()
 
-# %% ../../nbs/search/02_index.ipynb #ea41b13d
-@patch(cls_method=True)
-def open(cls:SearchIndex,
-    folder, # of the index
-    model=None, # its model, or the model's folder; by default the folder that the index was built with
-):
-    "Open an index. Raises `InputError` for another model, and where the model's folder has gone."
-    info = read_index(folder)
-    if not isinstance(model, AladinModel):
-        path = model or info.get("model_folder")
-        if not path or not Path(path).is_dir():
-            expected = "the folder of the model that the index was built with"
-            found = f"{path}, which is not there" if path else "none"
-            fix = "name the model's folder (--model)"
-            raise InputError(Path(folder)/"index.json", "model_folder", expected, found, fix)
-        model = load_model(path)
-    if model.processor is not None and "data" in info: model.processor = model.processor.with_clip(info["data"])
-    return cls(folder, model)
+# %% ../../nbs/search/02_index.ipynb #e486ab54
+@patch
+def sizes(self:SearchIndex)->tuple: # bytes of the vectors, bytes of the region sets with their boxes
+    "The space that the pictures' segments take on disk."
+    def size(*names): return sum(p.stat().st_size for n in names for p in (self.folder/"images").glob(f"*/{n}.npy"))
+    return size("vectors"), size("sets", "offsets", "boxes")
 
-# %% ../../nbs/search/02_index.ipynb #fa6bbaa3
+# %% ../../nbs/search/02_index.ipynb #52d91f6b
+@patch
+def close(self:SearchIndex):
+    "Close the connection to Milvus, if it is the engine."
+    for engine in self.engines.values():
+        if hasattr(engine, "close"): engine.close()
+
+# %% ../../nbs/search/02_index.ipynb #2eb69f1b
 @patch
 def _put(self:SearchIndex, kind, about, **arrays):
     "Write items to disk, then give them to the engine."
     self.engines[kind].put(self.stores[kind].write(about, **arrays))
 
-# %% ../../nbs/search/02_index.ipynb #e9f96af7
+# %% ../../nbs/search/02_index.ipynb #b83a3ceb
 @patch
 def _drop(self:SearchIndex, kind, ids):
     "Delete items, on disk and in the engine."
@@ -178,13 +141,13 @@ def _drop(self:SearchIndex, kind, ids):
     self.stores[kind].write(dict(deleted=ids))
     self.engines[kind].drop(ids)
 
-# %% ../../nbs/search/02_index.ipynb #78410a03
+# %% ../../nbs/search/02_index.ipynb #72f7f5ea
 def _stored(encoded):
     "Arrays of a segment: vectors in float32, sets in float16."
     offsets = np.concatenate([[0], np.cumsum(encoded.sets.lengths.numpy())])
     return dict(vectors=encoded.matching.numpy(), sets=encoded.sets.values.to(torch.float16).numpy(), offsets=offsets)
 
-# %% ../../nbs/search/02_index.ipynb #5af9c7d1
+# %% ../../nbs/search/02_index.ipynb #de880ebc
 @patch
 def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     "Store the captions of some pictures, in place of those that were there."
@@ -202,7 +165,7 @@ def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     there = self.engines["captions"].owned([images.image_ids[r] for r in rows])
     self._drop("captions", sorted(set(there) - set(ids)))
 
-# %% ../../nbs/search/02_index.ipynb #e50f166d
+# %% ../../nbs/search/02_index.ipynb #6e9d865a
 @patch
 def _put_images(self:SearchIndex, images, rows, source, batch_size, encoded=None):
     "Store some pictures: vectors, region sets, and the boxes and tags of the regions that take part."
@@ -213,7 +176,7 @@ def _put_images(self:SearchIndex, images, rows, source, batch_size, encoded=None
     about = dict(ids=ids, owners=ids, tags=list(tags), source=source)
     self._put("images", about, boxes=np.concatenate(boxes), **_stored(found))
 
-# %% ../../nbs/search/02_index.ipynb #a190c267
+# %% ../../nbs/search/02_index.ipynb #56a84a5b
 _LONGEST = 500 # bytes of an image id: Milvus allows 512, and captions add a number
 
 def _check_ids(images):
@@ -223,7 +186,7 @@ def _check_ids(images):
             expected, found = f"an id of at most {_LONGEST} bytes", f"{len(image.encode())} bytes"
             raise InputError(images.regions.path, f"image {image}", expected, found, "give the image a shorter id")
 
-# %% ../../nbs/search/02_index.ipynb #13cd820e
+# %% ../../nbs/search/02_index.ipynb #fe6a8027
 @patch
 def _check_images(self:SearchIndex, images, encoded):
     "Raise `InputError` for images that the index cannot hold."
@@ -236,7 +199,7 @@ def _check_images(self:SearchIndex, images, encoded):
         raise InputError(images.regions.path, "feature width", expected, images.regions.dim, fix)
     _check_ids(images)
 
-# %% ../../nbs/search/02_index.ipynb #c419ca11
+# %% ../../nbs/search/02_index.ipynb #58f441fe
 _SEGMENT = 2048 # number of pictures in a segment
 
 @patch
@@ -263,7 +226,7 @@ def add(self:SearchIndex,
     if images.data: self._remember(data=str(Path(images.data).resolve()))
     return len(new)
 
-# %% ../../nbs/search/02_index.ipynb #68a949cb
+# %% ../../nbs/search/02_index.ipynb #1057c1ca
 @patch
 def _remember(self:SearchIndex, **values):
     "Write values into index.json, such as the data folder, where the search page looks for pictures."
@@ -271,7 +234,7 @@ def _remember(self:SearchIndex, **values):
     self.info |= values
     write_json(self.folder/"index.json", self.info)
 
-# %% ../../nbs/search/02_index.ipynb #814e44f4
+# %% ../../nbs/search/02_index.ipynb #a69cfb0e
 @patch
 def delete(self:SearchIndex,
     image_ids:list, # of pictures
@@ -279,7 +242,51 @@ def delete(self:SearchIndex,
     "Take pictures and their captions out; ids that are not there are passed over."
     for kind in KINDS: self._drop(kind, self.engines[kind].owned(list(map(str, image_ids))))
 
-# %% ../../nbs/search/02_index.ipynb #03dfccd5
+# %% ../../nbs/search/02_index.ipynb #84399237
+@patch(cls_method=True)
+def build(cls:SearchIndex,
+    model:AladinModel, # a model with its processor
+    images, # a `RetrievalSet`, with captions or without, or what `AladinModel.encode_images` made of one
+    out=None, # folder of the index; an interrupted build resumes there. A temporary one when not given
+    engine:str|None=None, # as for `create`; by default that of the index, or exact for a new one
+    approximate:bool=False, # Milvus only, a new index: search a graph instead of every vector
+    batch_size:int=64, # number of images or captions in a batch
+    progress:bool=True, # show a progress bar
+):
+    "Make or extend an index; what `out` has already from the same data is not encoded again."
+    scratch = tempfile.TemporaryDirectory() if out is None else None
+    folder = Path(scratch.name if scratch else out)
+    _share_clip(model, images)
+    with locked(folder.with_name(f".{folder.name}.lock"), "creating this index", wait=True): # a second process waits
+        exists = (folder/"index.json").exists()
+        index = cls(folder, model) if exists else cls.create(folder, model, engine or "exact", approximate)
+    if engine not in (None, index.info["engine"]):
+        expected = f"{index.info['engine']}, which holds this index"
+        raise InputError(folder, "engine", expected, engine, "leave the engine out, or build another index")
+    index._scratch = scratch
+    index.add(images, batch_size, progress)
+    return index
+
+# %% ../../nbs/search/02_index.ipynb #5e3d89b7
+@patch(cls_method=True)
+def open(cls:SearchIndex,
+    folder, # of the index
+    model=None, # its model, or the model's folder; by default the folder that the index was built with
+):
+    "Open an index. Raises `InputError` for another model, and where the model's folder has gone."
+    info = read_index(folder)
+    if not isinstance(model, AladinModel):
+        path = model or info.get("model_folder")
+        if not path or not Path(path).is_dir():
+            expected = "the folder of the model that the index was built with"
+            found = f"{path}, which is not there" if path else "none"
+            fix = "name the model's folder (--model)"
+            raise InputError(Path(folder)/"index.json", "model_folder", expected, found, fix)
+        model = load_model(path)
+    if model.processor is not None and "data" in info: model.processor = model.processor.with_clip(info["data"])
+    return cls(folder, model)
+
+# %% ../../nbs/search/02_index.ipynb #870f1581
 @patch
 def ranked(self:SearchIndex,
     kind:str, # images or captions
@@ -297,16 +304,16 @@ def ranked(self:SearchIndex,
         out.append([(*found[r], float(scores[r])) for r in order])
     return out
 
-# %% ../../nbs/search/02_index.ipynb #09acd9fd
+# %% ../../nbs/search/02_index.ipynb #0472eef8
 @patch
-def _alignment(self:SearchIndex, place, words, pieces):
-    "Words of a text beside the regions at a place of the images."
+def _alignment(self:SearchIndex, place, vectors, tokens):
+    "The alignment of a text, [tokens, dim] and as strings, with the picture at a place of the images."
     segment, regions = self.stores["images"].segment(place[0]), self.stores["images"].read([place]).values
     boxes, tags = np.array(segment.boxes[segment.rows(place[1])]), segment.about["tags"][place[1]]
-    cosines, config = (regions @ words.T).numpy(), self.model.config
-    return Alignment(pieces, boxes, tags, cosines, config.aggregation, config.clamp != "never")
+    cosines, config = (regions @ vectors.T).numpy(), self.model.config
+    return Alignment(tokens, boxes, tags, cosines, config.aggregation, config.clamp != "never")
 
-# %% ../../nbs/search/02_index.ipynb #508cf6b5
+# %% ../../nbs/search/02_index.ipynb #63d5c970
 @patch
 def search_all(self:SearchIndex,
     texts:list, # what the pictures should show
@@ -325,7 +332,7 @@ def search_all(self:SearchIndex,
     best = self.ranked("images", asked.matching, score, k, rerank)
     return [[hit(query, *o) for o in found] for query,found in enumerate(best)]
 
-# %% ../../nbs/search/02_index.ipynb #53a4bf40
+# %% ../../nbs/search/02_index.ipynb #78780e67
 @patch
 def search(self:SearchIndex,
     text:str, # what the pictures should show
@@ -336,7 +343,30 @@ def search(self:SearchIndex,
     "Find pictures for a text."
     return self.search_all([text], k, rerank, explain)[0]
 
-# %% ../../nbs/search/02_index.ipynb #ae5bef81
+# %% ../../nbs/search/02_index.ipynb #3ebb0785
+@patch
+def _image(self:SearchIndex, image_id):
+    "Place, vector and region set of a picture."
+    place = self.engines["images"].find([str(image_id)]).get(str(image_id))
+    if place is None:
+        expected, found = "a picture of the index", f"none among {len(self)}"
+        raise InputError(self.folder, f"image {image_id}", expected, found, "add it to the index first")
+    store = self.stores["images"]
+    vector = torch.tensor(store.segment(place[0]).vectors[place[1]])
+    return place, vector, store.read([place])
+
+# %% ../../nbs/search/02_index.ipynb #19ce2323
+@patch
+def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
+    "A `Hit` for a caption, with its alignment to the picture at the place `image`, if that is given."
+    about, row = self.stores["captions"].segment(place[0]).about, place[1]
+    hit = Hit(i, about["owners"][row], score, cosine, about["texts"][row])
+    if image:
+        tokens = self.model.encode_captions(hit.text).tokens
+        hit.alignment = self._alignment(image, tokens.values, self.model.words_used(hit.text))
+    return hit
+
+# %% ../../nbs/search/02_index.ipynb #00868904
 @patch
 def search_captions(self:SearchIndex,
     image_id:str, # a picture of the index
@@ -345,42 +375,20 @@ def search_captions(self:SearchIndex,
     explain:bool=False, # also return the alignment behind each answer
 )->list: # of `Hit`, best first
     "Find captions for a picture. Raises `InputError` for one that is not in the index."
-    place,vector,regions = self._image(image_id)
+    place, vector, regions = self._image(image_id)
     def score(_, words): return self.model.alignment_of(regions, words)[0]
-    best, = self.ranked("captions", vector[None], score, k, rerank)
+    best = self.ranked("captions", vector[None], score, k, rerank)[0]
     return [self._caption_hit(*o, place if explain else None) for o in best]
 
-# %% ../../nbs/search/02_index.ipynb #946d1bd7
+# %% ../../nbs/search/02_index.ipynb #7a3cdaca
 @patch
 def pair(self:SearchIndex,
     query:str, # a caption
     image_id:str, # a picture of the index
 )->Hit: # with both heads' scores and the alignment
     "Compare one caption with one picture. Raises `InputError` for a picture that is not in the index."
-    place,vector,regions = self._image(image_id)
+    place, vector, regions = self._image(image_id)
     asked = self.model.encode_captions(query)
     alignment = self._alignment(place, asked.tokens.values, self.model.words_used(query))
     score, matching = float(self.model.alignment_of(regions, asked.tokens)), float(vector @ asked.matching[0])
     return Hit(str(image_id), str(image_id), score, matching, None, alignment)
-
-# %% ../../nbs/search/02_index.ipynb #43abff53
-@patch
-def _image(self:SearchIndex, image_id):
-    "Place, vector and region set of a picture."
-    place = self.engines["images"].find([str(image_id)]).get(str(image_id))
-    if place is None:
-        expected,found = "a picture of the index",f"none among {len(self)}"
-        raise InputError(self.folder, f"image {image_id}", expected, found, "add it to the index first")
-    store = self.stores["images"]
-    return place,torch.tensor(store.segment(place[0]).vectors[place[1]]),store.read([place])
-
-# %% ../../nbs/search/02_index.ipynb #40b4c54c
-@patch
-def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
-    "A caption, with its alignment to the picture at the place `image` unless None."
-    about,row = self.stores["captions"].segment(place[0]).about,place[1]
-    hit = Hit(i, about["owners"][row], score, cosine, about["texts"][row])
-    if image:
-        tokens = self.model.encode_captions(hit.text).tokens
-        hit.alignment = self._alignment(image, tokens.values, self.model.words_used(hit.text))
-    return hit
