@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_fingerprint', 'SearchIndex']
 
-# %% ../../nbs/search/02_index.ipynb #4d6e786d
+# %% ../../nbs/search/02_index.ipynb #d8b3a2ab
 import hashlib, json, tempfile, uuid
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from .engines import ExactEngine, MilvusEngine
 from .segments import (
     check_engine, FORMAT, Hit, Items, KINDS, read_index, SetStore, VERSION)
 
-# %% ../../nbs/search/02_index.ipynb #7f8c3d47
+# %% ../../nbs/search/02_index.ipynb #2a49872e
 _GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__ and f.name != "clip"]
 
 def model_fingerprint(
@@ -39,14 +39,14 @@ def model_fingerprint(
     hash_weights(digest, model)
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/search/02_index.ipynb #15517bf4
+# %% ../../nbs/search/02_index.ipynb #3012ee6f
 def _share_clip(model, images):
     "Let the model read queries with the CLIP that the images were opened with."
     processor, split = model.checked_processor(), images.split if isinstance(images, Encoded) else images
     if processor.needs_clip and processor.clip is None:
         model.processor = AladinProcessor(processor.tokenizer, processor.settings, split.processor.clip)
 
-# %% ../../nbs/search/02_index.ipynb #174c5000
+# %% ../../nbs/search/02_index.ipynb #ad32baaa
 class SearchIndex:
     "Pictures and captions to be searched: vectors in an engine, region and token sets mapped from disk."
     def __init__(self,
@@ -83,7 +83,7 @@ class SearchIndex:
 
     def __contains__(self, image_id): return bool(self.engines["images"].find([str(image_id)]))
 
-# %% ../../nbs/search/02_index.ipynb #c44b32e5
+# %% ../../nbs/search/02_index.ipynb #1dd09ff1
 @patch(cls_method=True)
 def create(cls:SearchIndex,
     folder, # to be made
@@ -106,34 +106,34 @@ def create(cls:SearchIndex,
         (folder/"index.json").unlink()
         raise
 
-# %% ../../nbs/search/02_index.ipynb #c0d62161
+# %% ../../nbs/search/02_index.ipynb #145fd201
 @patch
 def image_ids(self:SearchIndex)->list: # of str
     "The ids of all pictures, in the order in which they were added."
     engine = self.engines["images"]
     return (engine if isinstance(engine, Items) else Items(self.stores["images"])).ids()
 
-# %% ../../nbs/search/02_index.ipynb #e486ab54
+# %% ../../nbs/search/02_index.ipynb #ec40813e
 @patch
 def sizes(self:SearchIndex)->tuple: # bytes of the vectors, bytes of the region sets with their boxes
     "The space that the pictures' segments take on disk."
     def size(*names): return sum(p.stat().st_size for n in names for p in (self.folder/"images").glob(f"*/{n}.npy"))
     return size("vectors"), size("sets", "offsets", "boxes")
 
-# %% ../../nbs/search/02_index.ipynb #52d91f6b
+# %% ../../nbs/search/02_index.ipynb #10de7bd8
 @patch
 def close(self:SearchIndex):
     "Close the connection to Milvus, if it is the engine."
     for engine in self.engines.values():
         if hasattr(engine, "close"): engine.close()
 
-# %% ../../nbs/search/02_index.ipynb #2eb69f1b
+# %% ../../nbs/search/02_index.ipynb #c0e49595
 @patch
 def _put(self:SearchIndex, kind, about, **arrays):
     "Write items to disk, then give them to the engine."
     self.engines[kind].put(self.stores[kind].write(about, **arrays))
 
-# %% ../../nbs/search/02_index.ipynb #b83a3ceb
+# %% ../../nbs/search/02_index.ipynb #2d6b5ce0
 @patch
 def _drop(self:SearchIndex, kind, ids):
     "Delete items, on disk and in the engine."
@@ -141,13 +141,13 @@ def _drop(self:SearchIndex, kind, ids):
     self.stores[kind].write(dict(deleted=ids))
     self.engines[kind].drop(ids)
 
-# %% ../../nbs/search/02_index.ipynb #72f7f5ea
+# %% ../../nbs/search/02_index.ipynb #f682da5c
 def _stored(encoded):
     "Arrays of a segment: vectors in float32, sets in float16."
     offsets = np.concatenate([[0], np.cumsum(encoded.sets.lengths.numpy())])
     return dict(vectors=encoded.matching.numpy(), sets=encoded.sets.values.to(torch.float16).numpy(), offsets=offsets)
 
-# %% ../../nbs/search/02_index.ipynb #de880ebc
+# %% ../../nbs/search/02_index.ipynb #ed06389d
 @patch
 def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     "Store the captions of some pictures, in place of those that were there."
@@ -165,7 +165,7 @@ def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     there = self.engines["captions"].owned([images.image_ids[r] for r in rows])
     self._drop("captions", sorted(set(there) - set(ids)))
 
-# %% ../../nbs/search/02_index.ipynb #6e9d865a
+# %% ../../nbs/search/02_index.ipynb #e6f547df
 @patch
 def _put_images(self:SearchIndex, images, rows, source, batch_size, encoded=None):
     "Store some pictures: vectors, region sets, and the boxes and tags of the regions that take part."
@@ -176,7 +176,7 @@ def _put_images(self:SearchIndex, images, rows, source, batch_size, encoded=None
     about = dict(ids=ids, owners=ids, tags=list(tags), source=source)
     self._put("images", about, boxes=np.concatenate(boxes), **_stored(found))
 
-# %% ../../nbs/search/02_index.ipynb #56a84a5b
+# %% ../../nbs/search/02_index.ipynb #395e0309
 _LONGEST = 500 # bytes of an image id: Milvus allows 512, and captions add a number
 
 def _check_ids(images):
@@ -186,7 +186,7 @@ def _check_ids(images):
             expected, found = f"an id of at most {_LONGEST} bytes", f"{len(image.encode())} bytes"
             raise InputError(images.regions.path, f"image {image}", expected, found, "give the image a shorter id")
 
-# %% ../../nbs/search/02_index.ipynb #fe6a8027
+# %% ../../nbs/search/02_index.ipynb #25de380f
 @patch
 def _check_images(self:SearchIndex, images, encoded):
     "Raise `InputError` for images that the index cannot hold."
@@ -199,7 +199,7 @@ def _check_images(self:SearchIndex, images, encoded):
         raise InputError(images.regions.path, "feature width", expected, images.regions.dim, fix)
     _check_ids(images)
 
-# %% ../../nbs/search/02_index.ipynb #58f441fe
+# %% ../../nbs/search/02_index.ipynb #3aba16c3
 _SEGMENT = 2048 # number of pictures in a segment
 
 @patch
@@ -226,7 +226,7 @@ def add(self:SearchIndex,
     if images.data: self._remember(data=str(Path(images.data).resolve()))
     return len(new)
 
-# %% ../../nbs/search/02_index.ipynb #1057c1ca
+# %% ../../nbs/search/02_index.ipynb #7a8d3f78
 @patch
 def _remember(self:SearchIndex, **values):
     "Write values into index.json, such as the data folder, where the search page looks for pictures."
@@ -234,7 +234,7 @@ def _remember(self:SearchIndex, **values):
     self.info |= values
     write_json(self.folder/"index.json", self.info)
 
-# %% ../../nbs/search/02_index.ipynb #a69cfb0e
+# %% ../../nbs/search/02_index.ipynb #8223e998
 @patch
 def delete(self:SearchIndex,
     image_ids:list, # of pictures
@@ -242,7 +242,7 @@ def delete(self:SearchIndex,
     "Take pictures and their captions out; ids that are not there are passed over."
     for kind in KINDS: self._drop(kind, self.engines[kind].owned(list(map(str, image_ids))))
 
-# %% ../../nbs/search/02_index.ipynb #84399237
+# %% ../../nbs/search/02_index.ipynb #94466aae
 @patch(cls_method=True)
 def build(cls:SearchIndex,
     model:AladinModel, # a model with its processor
@@ -267,7 +267,7 @@ def build(cls:SearchIndex,
     index.add(images, batch_size, progress)
     return index
 
-# %% ../../nbs/search/02_index.ipynb #5e3d89b7
+# %% ../../nbs/search/02_index.ipynb #305717aa
 @patch(cls_method=True)
 def open(cls:SearchIndex,
     folder, # of the index
@@ -286,7 +286,7 @@ def open(cls:SearchIndex,
     if model.processor is not None and "data" in info: model.processor = model.processor.with_clip(info["data"])
     return cls(folder, model)
 
-# %% ../../nbs/search/02_index.ipynb #870f1581
+# %% ../../nbs/search/02_index.ipynb #4c97c566
 @patch
 def ranked(self:SearchIndex,
     kind:str, # images or captions
@@ -304,7 +304,7 @@ def ranked(self:SearchIndex,
         out.append([(*found[r], float(scores[r])) for r in order])
     return out
 
-# %% ../../nbs/search/02_index.ipynb #0472eef8
+# %% ../../nbs/search/02_index.ipynb #5ba5a935
 @patch
 def _alignment(self:SearchIndex, place, vectors, tokens):
     "The alignment of a text, [tokens, dim] and as strings, with the picture at a place of the images."
@@ -313,7 +313,7 @@ def _alignment(self:SearchIndex, place, vectors, tokens):
     cosines, config = (regions @ vectors.T).numpy(), self.model.config
     return Alignment(tokens, boxes, tags, cosines, config.aggregation, config.clamp != "never")
 
-# %% ../../nbs/search/02_index.ipynb #63d5c970
+# %% ../../nbs/search/02_index.ipynb #ea60874c
 @patch
 def search_all(self:SearchIndex,
     texts:list, # what the pictures should show
@@ -332,7 +332,7 @@ def search_all(self:SearchIndex,
     best = self.ranked("images", asked.matching, score, k, rerank)
     return [[hit(query, *o) for o in found] for query,found in enumerate(best)]
 
-# %% ../../nbs/search/02_index.ipynb #78780e67
+# %% ../../nbs/search/02_index.ipynb #303d3833
 @patch
 def search(self:SearchIndex,
     text:str, # what the pictures should show
@@ -343,7 +343,7 @@ def search(self:SearchIndex,
     "Find pictures for a text."
     return self.search_all([text], k, rerank, explain)[0]
 
-# %% ../../nbs/search/02_index.ipynb #3ebb0785
+# %% ../../nbs/search/02_index.ipynb #a8acadaf
 @patch
 def _image(self:SearchIndex, image_id):
     "Place, vector and region set of a picture."
@@ -355,7 +355,7 @@ def _image(self:SearchIndex, image_id):
     vector = torch.tensor(store.segment(place[0]).vectors[place[1]])
     return place, vector, store.read([place])
 
-# %% ../../nbs/search/02_index.ipynb #19ce2323
+# %% ../../nbs/search/02_index.ipynb #63518844
 @patch
 def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
     "A `Hit` for a caption, with its alignment to the picture at the place `image`, if that is given."
@@ -366,7 +366,7 @@ def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
         hit.alignment = self._alignment(image, tokens.values, self.model.words_used(hit.text))
     return hit
 
-# %% ../../nbs/search/02_index.ipynb #00868904
+# %% ../../nbs/search/02_index.ipynb #3348af60
 @patch
 def search_captions(self:SearchIndex,
     image_id:str, # a picture of the index
@@ -380,7 +380,7 @@ def search_captions(self:SearchIndex,
     best = self.ranked("captions", vector[None], score, k, rerank)[0]
     return [self._caption_hit(*o, place if explain else None) for o in best]
 
-# %% ../../nbs/search/02_index.ipynb #7a3cdaca
+# %% ../../nbs/search/02_index.ipynb #1fbc00c9
 @patch
 def pair(self:SearchIndex,
     query:str, # a caption
