@@ -1,6 +1,6 @@
 """Write README.md from nbs/index.ipynb: nbdev's own command wants Quarto, this wants only nbconvert.
 
-Cells marked `echo: false` show tables of results/; they are run anew each time, so that neither the notebook nor the README can show older figures."""
+Cells marked `echo: false` show tables of results/; they are run each time, so that neither the notebook nor the README can show older figures."""
 import ast
 import os
 import sys
@@ -24,7 +24,7 @@ def run(source, names):
 
 
 def with_tables(notebook):
-    "The notebook with the outputs of its `echo: false` cells made anew."
+    "The notebook with the outputs of its `echo: false` cells made again."
     names = {}
     os.chdir(root)
     for cell in notebook.cells:

@@ -1,4 +1,4 @@
-"""Make the published figures of a data set anew from a run: python .ci/reference.py results/scenes
+"""Replace the published figures of a data set by those of a run: python .ci/reference.py results/scenes
 
 Copies what git keeps of the run (tables, figures, executed notebooks, records) to results/reference/<data set>, in place of the runs and tables
 that are there; files of other commands, such as search.md or batches.md, stay. From the scenes it also takes the model of `aladin demo`. Refuses uncommitted changes, and runs that were made with some:
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     except InputError as e: sys.exit(str(e))
     demo = publish_demo(run)
     if demo: print(f"{demo} has the model of {DEMO}")
-    print(f"{target} is made anew:\n{git('status', '--short', '--', str(target))}next: make export, then commit")
+    print(f"{target} is replaced:\n{git('status', '--short', '--', str(target))}next: make export, then commit")

@@ -37,7 +37,7 @@ from aladin.model.model import AladinModel
 
 # What the original programs themselves took on one thread of such a machine, measured once: CPU seconds, of how many of our units
 ORIGINALS = dict(scores_200=121.9, ranks_5000=11.5, store=1.39e-3, encoding=.294*300, step=28.6)
-DIM,PAD_TEXT,PAD_REGIONS,PAD_SETS = 768,50,34,71  # the originals' lengths in training, and of stored sets in evaluation
+DIM,PAD_TEXT,PAD_REGIONS,PAD_SETS = 768,50,34,71  # the lengths of the authors' code in training, and of stored sets in evaluation
 
 
 def timed(work, least=1.0, most=5):
@@ -57,7 +57,7 @@ def once(work):
 
 
 def on_one_thread(work):
-    "What a reference takes as the originals were measured: seconds on one thread."
+    "The time of a reference, measured as the authors' code was: seconds on one thread."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: return once(work)
@@ -194,7 +194,7 @@ def base_model(): return AladinModel(AladinConfig(vocab_size=30522, hidden_dropo
 
 
 def padded_encoding(model, tokens, regions):
-    "Hidden states the originals' way: text padded to 50, regions to 34, a mask of -10000."
+    "Hidden states as the authors' code computes them: text padded to 50, regions to 34, a mask of -10000."
     b,text = model.backbone,Ragged.stack(tokens)
     ids,mask = text.padded(PAD_TEXT),text.mask(PAD_TEXT)
     hidden = b.embeddings(ids, token_type_ids=torch.zeros_like(ids))
@@ -358,7 +358,7 @@ def seconds_text(s): return f"{s:.0f} s" if s >= 100 else f"{s:.2f} s" if s >= 1
 
 
 def against_one_thread(row):
-    "The same ratios with one thread for the reference, as the originals' own times were taken, and ours on all of them."
+    "The same ratios with one thread for the reference, as the times of the authors' code were measured, and ours on all of them."
     alone = {"the reference on one thread": row.get("reference_one_thread"), "the originals on one thread": row.get("originals")}
     return "; ".join(f"{name} {seconds_text(s)}: {s/row['ours']:.0f} times ours" + (f", {s/row['bfloat16']:.0f} times ours in bfloat16" if "bfloat16" in row else "") for name,s in alone.items() if s)
 
@@ -386,7 +386,7 @@ def markdown(rows, made):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for benchmarks.md and benchmarks.json (default: results)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads (default: all)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *LONG], help="only these; the other rows of --out stay as they are")
     parser.add_argument("--long", action="store_true", help="also COCO's 5,000 x 25,000, some 20 minutes on two cores")
     parser.add_argument("--section", choices=[*SECTIONS, *LONG], help=argparse.SUPPRESS)

@@ -42,7 +42,7 @@ def pooled_regions(data):
 
 
 def occurring_words(data, size):
-    "Which word pieces occur: [captions, vocabulary]."
+    "Which tokens occur: [captions, vocabulary]."
     words = torch.zeros(len(data), size)
     for row, tokens in zip(words, data.caption_tokens): row[torch.as_tensor(tokens)] = 1
     return words

@@ -180,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for training.md, .json and .png (default: results)")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="pairs a batch (default: 32 to 1024)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads (default: all)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

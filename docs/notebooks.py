@@ -95,7 +95,7 @@ def code_cell(cell, told, source, path, markdown):
     folded = "export" in told or "exporti" in told or has_figure(cell) and source.count("\n") > 5  # how a figure was drawn is for those who ask
     new.metadata["tags"] = [tag for tag, on in {"hide-input": folded, "remove-input": told.get("echo") == "false"}.items() if on]
     if has_figure(cell):
-        if not told.get("fig-alt"): raise SystemExit(f"{path}: a figure without `#| fig-alt: ...`, which tells those who cannot see it what it shows. Its cell: {source[:80]!r}")
+        if not told.get("fig-alt"): raise SystemExit(f"{path}: a figure without `#| fig-alt: ...`, which describes it for those who cannot see it. Its cell: {source[:80]!r}")
         new.metadata["mystnb"] = dict(image=dict(alt=told["fig-alt"].strip('"')))
     return new
 

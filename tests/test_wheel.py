@@ -65,10 +65,9 @@ def test_start_is_quick(installed, tmp_path):
 
 def test_results(installed, tmp_path):
     "A study runs in an empty folder, with a configuration of the user's own beside those of the package."
-    configurations = ("alad-alignment-triplet", "alad-matching-distill-finetune")
-    run(installed/"aladin", "results", "--size", "tiny", "--jobs", "2", *[w for c in configurations for w in ("--configuration", c)], cwd=tmp_path)
-    found = sorted(p.parent.parent.name for p in tmp_path.glob("results/scenes-tiny/*/seed-*/metrics.json"))
-    assert found == sorted(configurations) and (tmp_path/"results"/"scenes-tiny"/"table.md").exists()
+    run(installed/"aladin", "results", "--size", "tiny", "--jobs", "2", "--configuration", "alad-alignment-triplet", cwd=tmp_path)
+    found = [p.parent.parent.name for p in tmp_path.glob("results/scenes-tiny/*/seed-*/metrics.json")]
+    assert found == ["alad-alignment-triplet"] and (tmp_path/"results"/"scenes-tiny"/"table.md").exists()
     (tmp_path/"mine.yaml").write_text("name: mine\nmodel: {hidden_size: 32, attention_heads: 4, layers: 1}\ntraining: {max_steps: 4}\n")
     data = tmp_path/"results"/"scenes-tiny"/"data"
     run(installed/"aladin", "train", "--configuration", "mine", "--data", data, "--out", "trained", cwd=tmp_path, ALADIN_DEVICE="cpu")

@@ -37,8 +37,9 @@ def prepare(
     print(prepare_data(Path(out)/"scenes", Path(out)/"data", overwrite=force))
 
 # %% ../../nbs/cli/01_data.ipynb #0cbf585c
-@command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out data",
-         "aladin extract --images photos --detector models/detr --captions captions.csv --out data --dtype float16")
+@command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out photo_data",
+         "aladin extract --images photos --detector models/detr --captions captions.csv --out photo_data"
+         " --dtype float16")
 def extract_command(
     images:Folder, # folder of pictures, with the folders below it
     # folder of an object detector (DETR, RT-DETR, YOLOS and relatives), or hub:NAME, which is fetched
@@ -73,7 +74,7 @@ def convert_detections_command(
     print(f"{out}: {len(store)} images, {store.dim} numbers a region")
 
 # %% ../../nbs/cli/01_data.ipynb #b6371d73
-@command("aladin convert --checkpoint checkpoint.pth.tar --oscar vinvl_base --out model")
+@command("aladin convert --checkpoint checkpoint.pth.tar --oscar vinvl_base --out aladin_best")
 def convert(
     checkpoint:File, # checkpoint.pth.tar of the authors' code
     oscar:Folder, # Oscar or VinVL checkpoint folder

@@ -46,7 +46,7 @@ def _built_index(model, data, out, split, keys, features, engine, approximate, p
 # %% ../../nbs/cli/04_search.ipynb #0ca9d1c8
 @command("aladin index --model model --data data --out pictures.index",
          "aladin index --model model --data data --out pictures.index --engine http://localhost:19530",
-         "aladin index --out pictures.index --delete 17 42")
+         "aladin index --out pictures.index --delete 17 23")
 def index_command(
     out:Folder, # folder of the index
     model:Folder=None, # model folder

@@ -204,10 +204,10 @@ class Criterion(nn.Module):
         self.figures = {} # numbers of the last batch for the training log
         s = settings
         self.distillation = DistillationLoss(s.distillation, s.student_temperature, s.teacher_scale)
-        def learnt(terms, value): return nn.ParameterDict({t: nn.Parameter(torch.tensor(value)) for t in terms})
+        def learned(terms, value): return nn.ParameterDict({t: nn.Parameter(torch.tensor(value)) for t in terms})
         heads = [t for t in settings.terms if t in ("alignment", "matching")]
-        if settings.ranking == "infonce": self.log_scale = learnt(heads, math.log(settings.scale))
-        if settings.weights == "auto": self.log_variance = learnt(settings.terms, -2.3)
+        if settings.ranking == "infonce": self.log_scale = learned(heads, math.log(settings.scale))
+        if settings.weights == "auto": self.log_variance = learned(settings.terms, -2.3)
 
     def forward(self,
         alignment:Tensor|None, # alignment scores, [pairs, pairs]; None when no term needs them
@@ -251,7 +251,7 @@ def _ranking(self:Criterion, term, scores, hardest, ignore):
 
 @patch
 def _weigh(self:Criterion, losses):
-    "The sum of the losses by fixed or by learnt weights."
+    "The sum of the losses by fixed or by learned weights."
     if self.settings.weights == "auto":
         return sum(.5*(l*torch.exp(-self.log_variance[t]) + self.log_variance[t]) for t,l in losses.items())
     weights = dict(zip(self.settings.terms, self.settings.weights))

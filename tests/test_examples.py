@@ -1,0 +1,110 @@
+"""Every command's help has an example that is run here, word for word.
+
+The examples name files: a working folder has small ones under those names. Its scenes.yaml has the tiny settings, which are found before the package's own.
+Left out are lines that need a network, a server or several processes; each command has at least one line that is run."""
+import contextlib
+import hashlib
+import io
+import shlex
+import shutil
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aladin.cli.command import COMMANDS
+from aladin.cli.main import main
+from aladin.data.extract import make_detector
+from aladin.data.scenes import write_scenes
+from aladin.files import resource_dir
+from aladin.runs.stages import prepare_data, prepare_scenes
+from small_inputs import write_picture
+
+root = Path(__file__).resolve().parent.parent
+golden = root/"tests"/"golden"
+ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
+             "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
+ORDER = ("prepare", "extract", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
+         "evaluate", "index", "search", "export", "search-study", "demo")
+
+
+def runnable(line): return not any(part in line + "\n" for part in ELSEWHERE)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+def write_manifest(path, port, name, content):
+    "A manifest of one file, which a server on this machine has."
+    file = dict(path=name, size=len(content), sha256=hashlib.sha256(content).hexdigest(), url=f"http://127.0.0.1:{port}/{name}", note="a file")
+    about = dict(name="mine", title="One file", kind="data set", licence="CC0", citation="none", homepage="https://example.org", note="for a test", files=[file])
+    path.write_text(yaml.safe_dump(about))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A working folder with everything that the examples name."
+    folder = tmp_path_factory.mktemp("examples")
+    write_scenes(folder/"coco_ir", train=44, minival=10, test=20, progress=False)
+    shutil.copytree(folder/"coco_ir", folder/"vinvl")
+    shutil.copytree(folder/"coco_ir", folder/"data")
+    shutil.copytree(folder/"coco_ir", folder/"flickr8k")
+    for name in ("features.tsv", "features.lineidx", "imageid2idx.json", "predictions.tsv"): (folder/"coco_ir"/name).unlink()
+    shutil.copytree(folder/"vinvl", folder/"coco_ir"/"regions")
+    for i in range(4): write_picture(folder/"photos"/f"{i}.jpg", seed=i)
+    (folder/"captions.csv").write_text("image,caption,split\n0.jpg,noise,train\n1.jpg,more noise,minival\n2.jpg,other noise,test\n")
+    make_detector(folder/"models"/"detr")
+    for path in (golden/"v2"/"feats").glob("detic.*"): shutil.copy(path, folder)
+    shutil.copy(golden/"v1"/"checkpoint.pth.tar", folder)
+    shutil.copytree(golden/"v1"/"oscar_ckpt", folder/"vinvl_base")
+    shutil.copy(resource_dir("experiments")/"settings"/"tiny.yaml", folder/"scenes.yaml")
+    shutil.copytree(resource_dir("demo")/"model", folder/"model")
+    prepare_scenes(folder/"results"/"scenes-2.0"/"scenes", "tiny", progress=False)
+    prepare_data(folder/"results"/"scenes-2.0"/"scenes", folder/"results"/"scenes-2.0"/"data", progress=False)
+    shutil.copytree(root/"results"/"reference"/"scenes", folder/"results"/"scenes")
+    prepare_data(folder/"data", folder/"results"/"scenes"/"data", progress=False)
+    shutil.copytree(folder/"model", folder/"results"/"scenes"/"alad-alignment-and-matching-distill"/"seed-88"/"model")
+    (folder/"queries.txt").write_text("a red fish\ntwo hats\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(world/"served")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (world/"served").mkdir()
+    (world/"served"/"a.bin").write_bytes(b"content")
+    write_manifest(world/"mine.yaml", server.server_port, "a.bin", b"content")
+    yield server
+    server.shutdown()
+
+
+def run(line, monkeypatch):
+    "Run a command line in this process; `< FILE` as a shell does it."
+    words = shlex.split(line)
+    if "<" in words:
+        at = words.index("<")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(words[at + 1]).read_bytes())))
+        words = words[:at]
+    assert words[0] == "aladin"
+    with contextlib.redirect_stdout(io.StringIO()) as out: status = main(words[1:])
+    return status, out.getvalue()
+
+
+def test_every_command_has_its_turn(): assert set(ORDER) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_examples(name, world, served, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    lines = [line for line in COMMANDS[name].examples if runnable(line)]
+    assert lines
+    for line in lines:
+        status, out = run(line, monkeypatch)
+        assert status == 0, f"{line}\n{out}\n{capsys.readouterr().err}"
