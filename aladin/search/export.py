@@ -126,11 +126,12 @@ class _OneCaption(nn.Module):
 # %% ../../nbs/search/05_export.ipynb #ff70c2fc
 def _check_exportable(config):
     "Raise `InputError` for a model whose caption encoder cannot be exported as ONNX."
-    supported = dict(depth_alignment="none", depth_matching="none", caption_reader="words")
+    supported = dict(depth_alignment=["none"], depth_matching=["none"], caption_reader=["words"],
+                     aggregation=["MrSw", "MrAVGw", "MwSr", "symm", "sum", "mean"])
     for key,plain in supported.items():
         found = getattr(config, key)
-        if found == plain: continue
-        expected = f"{plain}: the models that can be exported as ONNX"
+        if found in plain: continue
+        expected = f"{' or '.join(plain)}: the models that can be exported as ONNX"
         fix = "export vectors alone (--format hdf5 parquet), or another model"
         raise InputError("export", key, expected, found, fix)
 
