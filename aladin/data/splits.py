@@ -6,7 +6,7 @@
 __all__ = ['ImageBatch', 'RetrievalSet', 'captions_left_out', 'regions_folder', 'merged_regions', 'open_split', 'for_processor',
            'open_images', 'training_batches']
 
-# %% ../../nbs/data/08_splits.ipynb #99afe9ed
+# %% ../../nbs/data/08_splits.ipynb #707dbfe8
 import hashlib, json, os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,24 +23,24 @@ from .text import captions_file, check_keys, read_captions, read_keys
 from .processor import AladinProcessor
 from .detections import MergedRegions
 
-# %% ../../nbs/data/08_splits.ipynb #8b54ce68
+# %% ../../nbs/data/08_splits.ipynb #5c2d01c4
 @dataclass
 class ImageBatch:
-    "What the backbone reads of some images."
+    "Tags and regions of some images, as the backbone reads them."
     tags:Ragged # tokens of the tags, int64 [total tokens], or CLIP's vectors, float32 [total sentences, clip_dim]
     regions:Ragged # region vectors, float32 [total regions, region_dim]
 
     def to(self, *args, **kwargs):
-        "The batch on another device; a type is given to the regions alone."
+        "Move both to a device."
         return ImageBatch(self.tags.to(*args[:1], **kwargs), self.regions.to(*args, **kwargs))
 
     def pin_memory(self):
-        "The batch in page-locked memory, which a GPU copies without waiting."
+        "Copy both to pinned memory."
         return ImageBatch(self.tags.pin_memory(), self.regions.pin_memory())
 
-# %% ../../nbs/data/08_splits.ipynb #272c9f7b
+# %% ../../nbs/data/08_splits.ipynb #00a24462
 class RetrievalSet:
-    "Images of one split with their captions and tags as tokens."
+    "Images of one split with their captions and tags as tokens; regions are read in batches."
     def __init__(self,
         regions, # opened regions: `TsvRegions`, `RegionStore` or `MergedRegions`
         captions:dict, # image id -> captions
@@ -48,14 +48,7 @@ class RetrievalSet:
         path="captions", # file or folder that errors name
         cache=None, # folder that keeps the tokens, see `cached_tokens`
     ):
-        if not captions:
-            fix = "check the caption file or the key file"
-            raise InputError(path, "split", "at least one image", "an empty split", fix)
-        missing = [i for i in captions if i not in regions]
-        if missing:
-            fix = "extract their regions, or leave them out of the split by a key file"
-            raise InputError(path, f"image {missing[0]}", "an image that has features and detections",
-                             f"{len(missing)} images without", fix)
+        _check_images(captions, regions, path)
         self.regions, self.image_ids, self.processor = regions, list(captions), processor
         self.data = self.opened = None # data folder, and arguments of `open_split`, where that opened the split
         self._take_captions(captions)
@@ -65,70 +58,80 @@ class RetrievalSet:
         self.caption_inputs = processor.captions(self.captions, self.caption_tokens)
         self.tag_inputs = processor.tags(tags, self.tag_tokens)
 
-    def _take_captions(self, captions):
-        "The first captions of each image, as many as the settings say, and the counts of the others."
-        most = self.settings.captions_per_image
-        self.captions = [text for texts in captions.values() for text in texts[:most]]
-        counts = np.array([len(texts) for texts in captions.values()])
-        used = np.minimum(counts, most)
-        self.caption_image = np.repeat(np.arange(len(captions)), used)
-        self.captions_left_out = int((counts - used).sum())
-        self.images_with_more = int((counts > used).sum())
-
     @property
     def settings(self)->DataSettings:
         "The processor's settings."
         return self.processor.settings
 
-    @cached_property
-    def fingerprint(self)->str: # hexadecimal
-        "A digest of the images, their regions, the texts as they are read, and the settings."
-        return self._digest()
-
     def __len__(self): return len(self.captions)
 
-# %% ../../nbs/data/08_splits.ipynb #6c50e0f1
-@patch
-def _digest(self:RetrievalSet):
-    "The fingerprint, computed."
-    sources = [getattr(o, "fingerprint", "") for o in (self.regions, self.processor.clip)]
-    about = [self.image_ids, self.captions, self.caption_image.tolist(), asdict(self.settings), *sources]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for tokens in (*self.caption_tokens, *self.tag_tokens): digest.update(tokens.tobytes())
-    return digest.hexdigest()
+    @cached_property
+    def fingerprint(self)->str: # hexadecimal
+        "Changes with the images, their regions, the texts as they are read, and the settings."
+        sources = [getattr(o, "fingerprint", "") for o in (self.regions, self.processor.clip)]
+        about = [self.image_ids, self.captions, self.caption_image.tolist(), asdict(self.settings), *sources]
+        h = hashlib.sha256(json.dumps(about).encode())
+        for tokens in (*self.caption_tokens, *self.tag_tokens): h.update(tokens.tobytes())
+        return h.hexdigest()
 
-# %% ../../nbs/data/08_splits.ipynb #e7226671
+# %% ../../nbs/data/08_splits.ipynb #9d20112c
+def _check_images(captions, regions, path):
+    "Raise `InputError` for a split without images and for images without regions."
+    if not captions:
+        fix = "check the caption file or the key file"
+        raise InputError(path, "split", "at least one image", "an empty split", fix)
+    missing = [i for i in captions if i not in regions]
+    if missing:
+        expected,found = "an image that has features and detections",f"{len(missing)} images without"
+        fix = "extract their regions, or leave them out of the split by a key file"
+        raise InputError(path, f"image {missing[0]}", expected, found, fix)
+
+# %% ../../nbs/data/08_splits.ipynb #81194733
+@patch
+def _take_captions(self:RetrievalSet, captions):
+    "Keep the first captions of each image, as many as the settings allow, and count the others."
+    most = self.settings.captions_per_image
+    self.captions = [text for texts in captions.values() for text in texts[:most]]
+    counts = np.array([len(texts) for texts in captions.values()])
+    used = np.minimum(counts, most)
+    self.caption_image = np.repeat(np.arange(len(captions)), used)
+    self.captions_left_out = int((counts - used).sum())
+    self.images_with_more = int((counts > used).sum())
+
+# %% ../../nbs/data/08_splits.ipynb #005eff91
 @patch(as_prop=True)
 def caption_lengths(self:RetrievalSet)->np.ndarray: # int64 [captions]
-    "Number of tokens of each caption, special tokens included."
+    "Tokens of each caption, special ones included."
     return np.array([len(o) for o in self.caption_inputs])
 
 @patch(as_prop=True)
 def tag_lengths(self:RetrievalSet)->np.ndarray: # int64 [images]
-    "Number of tokens of each image's tags, special tokens included."
+    "Tokens of each image's tags, special ones included."
     return np.array([len(o) for o in self.tag_inputs])
 
 @patch(as_prop=True)
 def region_counts(self:RetrievalSet)->np.ndarray: # int64 [images]
-    "Number of regions of each image that the model reads."
+    "Regions of each image that are used."
     return np.array([min(self.regions.num_regions(i), self.settings.max_regions) for i in self.image_ids])
 
+# %% ../../nbs/data/08_splits.ipynb #44b0a3de
 @patch
 def caption_words(self:RetrievalSet,
     caption:int, # caption number
-)->list: # of str
-    "The tokens of a caption as text, without the special tokens."
+)->list: # strings
+    "The tokens of a caption as its reader splits it, without the special ones."
     return self.processor.words(self.captions[caption])
 
-# %% ../../nbs/data/08_splits.ipynb #623baf0a
+# %% ../../nbs/data/08_splits.ipynb #c0af07a1
 @patch
 def image_batch(self:RetrievalSet,
     rows, # image numbers, 0 for the split's first
-    pin:bool=False, # regions in page-locked memory, which a GPU copies without waiting
+    pin:bool=False, # put the regions into pinned memory
 )->ImageBatch:
     "Tags and regions of some images."
     most = self.settings.max_regions
-    vectors = [np.asarray(self.regions.features(self.image_ids[r])[:most], dtype=np.float32) for r in rows]
+    read = [self.regions.features(self.image_ids[r])[:most] for r in rows]
+    vectors = [np.asarray(o, dtype=np.float32) for o in read]
     return ImageBatch(Ragged.stack([self.tag_inputs[r] for r in rows]), Ragged.stack(vectors, pin))
 
 @patch
@@ -138,54 +141,55 @@ def caption_batch(self:RetrievalSet,
     "Tokens of some captions, or CLIP's vectors of them."
     return Ragged.stack([self.caption_inputs[r] for r in rows])
 
-# %% ../../nbs/data/08_splits.ipynb #16dad51c
+# %% ../../nbs/data/08_splits.ipynb #7365d614
 def captions_left_out(
     data:RetrievalSet, # an opened split
 )->str: # empty where all captions are used
-    "A sentence about the captions that the settings leave out."
+    "How many captions the settings leave out, as a sentence."
     if not data.captions_left_out: return ""
     total = len(data) + data.captions_left_out
     return (f"first {data.settings.captions_per_image} of each image's captions are used: {data.captions_left_out} of "
             f"{total} captions are left out, those of {data.images_with_more} images (data.captions_per_image)")
 
-# %% ../../nbs/data/08_splits.ipynb #16dad51d
+# %% ../../nbs/data/08_splits.ipynb #6d01a4f8
 def _chosen(data, split, keys, captions, path):
-    "The captions of the images that `keys` asks for, in its order, and where the ids come from."
+    "The captions of the images in `keys`, in its order, and the file that they come from. Raises `InputError`."
     if isinstance(keys, (str, os.PathLike)):
         path = Path(data)/keys
         if not path.exists() and Path(keys).exists(): path = Path(keys)
         wanted = read_keys(path)
     else: path,wanted = "keys",check_keys(keys, "keys")
-    if absent := [k for k in wanted if k not in captions]:
+    absent = [k for k in wanted if k not in captions]
+    if absent:
         expected = f"an image of {captions_file(data, split).name}"
         fix = "check that keys and captions belong together"
         raise InputError(path, f"image {absent[0]}", expected, "no captions for it", fix)
     return {k: captions[k] for k in wanted},path
 
-# %% ../../nbs/data/08_splits.ipynb #46c4d374
+# %% ../../nbs/data/08_splits.ipynb #190f61b7
 def regions_folder(
     data, # data folder
     features=None, # folder with the regions, where it is not the data's own
 )->Path:
-    "The folder of a data set's regions: `features`, else regions/ of the data folder, else the data folder itself."
+    "Folder of a data set's regions: `features` where given, else regions/ of the data folder, else the data folder."
     if features is not None: return Path(features)
     return Path(data)/"regions" if (Path(data)/"regions").is_dir() else Path(data)
 
-# %% ../../nbs/data/08_splits.ipynb #cf58b07d
+# %% ../../nbs/data/08_splits.ipynb #ce3e1c79
 def _with_regions(captions, regions, path):
-    "The captions of images that have regions; images with an empty region set are reported and left out."
+    "The captions of images with regions. Images with an empty region set are reported and left out."
     empty = set(getattr(regions, "empty", ())) & set(captions)
-    if isinstance(regions, (RegionStore, TsvRegions)): report_empty(path, sorted(empty)) # merged ones have reported it
+    if isinstance(regions, (RegionStore, TsvRegions)): report_empty(path, sorted(empty))
     return {i: texts for i, texts in captions.items() if i not in empty}
 
-# %% ../../nbs/data/08_splits.ipynb #c09f37fd
+# %% ../../nbs/data/08_splits.ipynb #4d0e367d
 def merged_regions(
     data, # data folder, with detic/ where the settings ask for a second detector
     regions, # Faster R-CNN's regions, opened
     ids:list, # images
-    settings:DataSettings, # whose detections are used
+    settings:DataSettings, # which detections are used
 ): # the regions that the model reads
-    "Regions of the detectors that the settings name. Raises `InputError` where the second detector's are missing."
+    "Regions of the detectors in the settings. Raises `InputError` where the second detector's are missing."
     if settings.detections == "fast": return regions
     folder = Path(data)/"detic"
     if not folder.is_dir():
@@ -193,10 +197,10 @@ def merged_regions(
         raise InputError(folder, "folder", expected, "nothing there", "make it with aladin convert-detections")
     return MergedRegions(regions, open_regions(folder), ids, settings.detections, settings.merge)
 
-# %% ../../nbs/data/08_splits.ipynb #2a5191db
+# %% ../../nbs/data/08_splits.ipynb #88f85aea
 def open_split(
     data, # folder with the caption and key files
-    split:str="test", # train, minival (the authors' name of the validation split) or test
+    split:str="test", # train, minival (the validation split, as the authors call it) or test
     processor:AladinProcessor|None=None, # lengths and text readers; from the data's vocab.txt when not given
     features=None, # folder with the regions, or opened regions; when not given, see `regions_folder`
     keys=None, # image ids, or a key file that chooses and orders the images; a name is looked up in `data` first
@@ -216,49 +220,51 @@ def open_split(
     if keys is not None: captions, path = _chosen(data, split, keys, captions, path)
     captions = _with_regions(captions, regions, path)
     cache = data/"tokens" if (data/"prepared.json").exists() else None
-    processor = processor.with_clip(data, data/"clip_cache", progress)
-    found = RetrievalSet(regions, captions, processor, path, cache)
-    found.data, found.opened = data, dict(data=data, split=split, features=features, keys=keys)
-    if left_out := captions_left_out(found): report(f"{path}: {left_out}")
+    found = RetrievalSet(regions, captions, processor.with_clip(data, data/"clip_cache", progress), path, cache)
+    found.data = data
+    found.opened = dict(data=data, split=split, features=features, keys=keys)
+    left_out = captions_left_out(found)
+    if left_out: report(f"{path}: {left_out}")
     return found
 
-# %% ../../nbs/data/08_splits.ipynb #07ede5dd
-def _reads_alike(one, other):
-    "Whether two processors give a model the same input."
-    def inputs(processor): return replace(processor.settings, captions_per_image=1, clip="")
-    return one is other or one.vocabulary() == other.vocabulary() and inputs(one) == inputs(other)
-
+# %% ../../nbs/data/08_splits.ipynb #ac84faa5
 def for_processor(
     images:RetrievalSet, # a split
     processor:AladinProcessor, # of a model
-)->RetrievalSet: # itself where it was opened with the same settings and vocabulary, else opened again
-    "A split as a processor reads it. Raises `InputError` for another processor's split that no file was opened for."
-    if _reads_alike(images.processor, processor): return images
+)->RetrievalSet:
+    """The split as `processor` reads it, opened again only where vocabulary or settings differ.
+
+    Raises `InputError` for a split that was not opened by `open_split`."""
+    if images.processor is processor: return images
+    read = lambda settings: replace(settings, captions_per_image=1, clip="")
+    same_settings = read(images.settings) == read(processor.settings)
+    if same_settings and images.processor.vocabulary() == processor.vocabulary(): return images
     if images.opened is None:
         fix = "make the split with the model's processor"
         raise InputError("split", "processor", repr(processor), repr(images.processor), fix)
     own = replace(processor.settings, captions_per_image=images.settings.captions_per_image)
     return open_split(processor=AladinProcessor(processor.tokenizer, own, processor.clip), **images.opened)
 
-# %% ../../nbs/data/08_splits.ipynb #f0bdaa69
-_EVERY_CAPTION = 2**31 - 1 # `captions_per_image` that leaves nothing out
+# %% ../../nbs/data/08_splits.ipynb #848e5736
+_EVERY_CAPTION = 2**31 - 1 # captions_per_image that keeps all of them
 
 def _captions_of_every_split(data):
-    "The captions of all splits: image id -> captions."
+    "Captions of all splits; those of an image that is in several splits follow one another, equal ones once."
     captions = {}
     names = [f"{split}_captions.{ending}" for split in ("train", "minival", "test") for ending in ("json", "pt")]
-    for path in (data/name for name in names if (data/name).exists()):
+    for path in (data/name for name in names):
+        if not path.exists(): continue
         for image, texts in read_captions(path).items():
             captions[image] = list(dict.fromkeys(captions[image] + texts)) if image in captions else texts
     return captions
 
-# %% ../../nbs/data/08_splits.ipynb #1ba66b5b
+# %% ../../nbs/data/08_splits.ipynb #d26bd309
 def open_images(
     data, # data folder: regions, and caption files if there are any
     processor:AladinProcessor|None=None, # lengths and text readers; from the data's vocab.txt when not given
     features=None, # folder with the regions; when not given, see `regions_folder`
 )->RetrievalSet:
-    """Open every image of a data folder that has regions, with all of its captions; captions without are reported.
+    """Open every image of a data folder that has regions, with all captions. Captions without regions are reported.
 
     Raises `InputError` for a folder without regions, and as `open_split` does."""
     data, processor = Path(data), processor or AladinProcessor.from_pretrained(data)
@@ -272,22 +278,14 @@ def open_images(
     regions = merged_regions(data, fast, fast.ids, processor.settings)
     chosen = {i: captions.get(i, []) for i in fast.ids if i not in getattr(regions, "empty", ())}
     settings = replace(processor.settings, captions_per_image=_EVERY_CAPTION)
-    own = AladinProcessor(processor.tokenizer, settings, processor.clip).with_clip(data)
-    found = RetrievalSet(regions, chosen, own, data)
+    own = AladinProcessor(processor.tokenizer, settings, processor.clip)
+    found = RetrievalSet(regions, chosen, own.with_clip(data), data)
     found.data = data
     return found
 
-# %% ../../nbs/data/08_splits.ipynb #ad3584f4
-def _with_siblings(caption_image, order, batch_size, batch_captions, rng):
-    "Batches of images with several captions each, side by side."
-    order = order[np.argsort(caption_image[order], kind="stable")]
-    images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
-    groups = [o[i:i+batch_captions] for o in images for i in range(0, len(o), batch_captions)]
-    mixed,step = rng.permutation(len(groups)),batch_size//batch_captions
-    return [np.concatenate([groups[j] for j in mixed[i:i+step]]) for i in range(0, len(mixed), step)]
-
-def _without_siblings(caption_image, order, batch_size):
-    "Batches in which no image has two captions: each caption goes into the first batch that can take it."
+# %% ../../nbs/data/08_splits.ipynb #17b396c4
+def _without_siblings(order, caption_image, batch_size):
+    "Fill batches in `order`, each caption into the first one that has a free place and no other caption of its image."
     batches,seen = [],[]
     first_open = 0
     for caption in order:
@@ -301,19 +299,29 @@ def _without_siblings(caption_image, order, batch_size):
         while first_open < len(batches) and len(batches[first_open]) == batch_size: first_open += 1
     return [np.array(b) for b in batches]
 
-# %% ../../nbs/data/08_splits.ipynb #0d2c0bf0
+# %% ../../nbs/data/08_splits.ipynb #0a08bbd8
+def _with_siblings(order, caption_image, batch_size, batch_captions, rng):
+    "Batches of groups of up to `batch_captions` captions, each group of one image; the groups are shuffled."
+    order = order[np.argsort(caption_image[order], kind="stable")]
+    images = np.split(order, np.flatnonzero(np.diff(caption_image[order])) + 1)
+    groups = [o[i:i+batch_captions] for o in images for i in range(0, len(o), batch_captions)]
+    mixed = rng.permutation(len(groups))
+    step = batch_size//batch_captions
+    return [np.concatenate([groups[j] for j in mixed[i:i+step]]) for i in range(0, len(mixed), step)]
+
+# %% ../../nbs/data/08_splits.ipynb #ced4d221
 def training_batches(
     caption_image:np.ndarray, # image number of each caption, [captions]
-    batch_size:int, # number of captions in a batch
+    batch_size:int, # captions a batch
     seed:int, # fixes the order
-    epoch:int, # each epoch has another order
-    allow_siblings:bool=True, # whether two captions of one image may meet by chance in a batch
-    batch_captions:int=1, # captions of each image, side by side, as far as it has that many
-    order=None, # every caption number once, neighbours to be in one batch; a random order when not given
+    epoch:int, # another order each epoch
+    allow_siblings:bool=True, # may two captions of one image be in the same batch?
+    batch_captions:int=1, # captions of each image in a batch, or fewer where it has fewer
+    order=None, # every caption number once, neighbours to be in one batch; random when not given
 )->list: # of int64 arrays of caption numbers
     "The batches of one epoch; the last one may be smaller."
     rng = np.random.default_rng([seed, epoch])
     if order is None: order = rng.permutation(len(caption_image))
-    if batch_captions > 1: return _with_siblings(caption_image, order, batch_size, batch_captions, rng)
-    if allow_siblings: return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
-    return _without_siblings(caption_image, order, batch_size)
+    if batch_captions > 1: return _with_siblings(order, caption_image, batch_size, batch_captions, rng)
+    if not allow_siblings: return _without_siblings(order, caption_image, batch_size)
+    return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
