@@ -56,8 +56,9 @@ def extract_command(
     seed:Seed=0, # divides captioned pictures into splits
 ):
     "Find the regions of a folder of pictures with an object detector of transformers."
-    from aladin.data.extract import Detector, extract
-    store = extract(images, Detector(detector, threshold, least, most), out, captions, dtype, batch_size, seed)
+    from aladin.data.extract import extract, open_detector
+    found = open_detector(detector, threshold, least, most)
+    store = extract(images, found, out, captions, dtype, batch_size, seed)
     print(f"{out}: {len(store)} pictures, {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
 
 # %% ../../nbs/cli/01_data.ipynb #d104fb4e
