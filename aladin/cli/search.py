@@ -35,7 +35,7 @@ def _built_index(model, data, out, split, keys, features, engine, approximate, p
     from aladin.search.index import SearchIndex
     if not model or not data:
         fix = "name both, or --delete image ids of an index that is there"
-        raise InputError("aladin index", "options", "--model and --data", "one of them missing", fix)
+        raise InputError("command line", "options", "--model and --data", "one of them missing", fix)
     loaded = load_model(model).to(default_device())
     if split or keys: images = open_split(data, split or "test", loaded.processor, features, keys)
     else: images = open_images(data, loaded.processor, features)
@@ -67,7 +67,7 @@ def index_command(
     from aladin.search.index import SearchIndex
     if prune and (split or keys or delete):
         expected, found = "--prune with the whole data folder", "--split, --keys or --delete beside it"
-        raise InputError("aladin index", "options", expected, found, "leave --prune or the other option out")
+        raise InputError("command line", "options", expected, found, "leave --prune or the other option out")
     if delete: index = SearchIndex.open(out, model)
     else: index = _built_index(model, data, out, split, keys, features, engine, approximate, prune, batch_size)
     if delete: index.delete(delete)
@@ -199,12 +199,12 @@ def _queries(texts):
             text = text.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeError:
             fix = "save the queries as UTF-8"
-            yield InputError("aladin search", where, "text in UTF-8", "another encoding", fix)
+            yield InputError("queries", where, "text in UTF-8", "another encoding", fix)
         else:
             if text.strip(): yield text.strip()
             elif texts:
                 fix = "say what the picture shows"
-                yield InputError("aladin search", where, "some words", "an empty query", fix)
+                yield InputError("queries", where, "some words", "an empty query", fix)
             else: print(f"aladin search: line {number} of the queries is empty and is skipped", file=sys.stderr)
 
 # %% ../../nbs/cli/04_search.ipynb #ef1b6bd3
@@ -254,7 +254,7 @@ def search(
     "Find the pictures that a text describes, or the captions of a picture. Status 2 where a query has no answer."
     from aladin.files import InputError
     from aladin.search.page import check_page, picture_finder, search_page
-    if json and show: raise InputError("aladin search", "options", "--json or --show", "both", "leave one out")
+    if json and show: raise InputError("command line", "options", "--json or --show", "both", "leave one out")
     if show: check_page(show)
     opened, shown, problems = _open_index(index, model), [], 0
     find = picture_finder(pictures or opened.info.get("data", "."))

@@ -46,11 +46,11 @@ class FrozenStates:
 
     def encode_image_batch(self, states, **need)->Encoded:
         "Run the heads that `need` names on the states of images."
-        return self.model._encode([states], -1, self.model.alignment.region_set, **need)
+        return self.model.encode_states([states], True, **need)
 
     def encode_caption_batch(self, states, **need)->Encoded:
         "Run the heads that `need` names on the states of captions."
-        return self.model._encode([states], 0, self.model.alignment.word_set, **need)
+        return self.model.encode_states([states], False, **need)
 
 # %% ../../nbs/training/02_frozen.ipynb #3ff168de
 FROZEN_LIMIT = 8 * 2**30 # bytes that the states of a frozen backbone may take
