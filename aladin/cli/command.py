@@ -137,9 +137,9 @@ def command(
 # %% ../../nbs/cli/00_command.ipynb #27f8edc6
 def add_arguments(
     parser:argparse.ArgumentParser, # of the command
-    made:Command, # whose parameters become options
+    made:Command, # command whose parameters become options
 ):
-    "Give a parser the options of a command."
+    "Add the options of a command to a parser."
     text = comments(made.function)
     for name, parameter in inspect.signature(made.function).parameters.items():
         names, about = _argument(name, parameter, text.get(name, ""))

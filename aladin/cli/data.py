@@ -27,7 +27,7 @@ def prepare(
     seed:Seed=0, # scenes only: seed of the generator
     force:bool=False, # replace a prepared folder that is there
 ):
-    "Make the prepared folder of a data set, or write the embedded scenes."
+    "Convert a data set into the memory-mapped folder that training reads; or generate the embedded scenes."
     from aladin.runs.stages import prepare_data, prepare_scenes
     if data != "scenes":
         print(prepare_data(data, out, features, vocabulary, dtype, force))
@@ -64,12 +64,12 @@ def extract_command(
 # %% ../../nbs/cli/01_data.ipynb #d104fb4e
 @command("aladin convert-detections --shelve detic --out detic_store --dtype float16")
 def convert_detections_command(
-    shelve:Annotated[str, Option("PATH")], # the shelve, without .dat, .dir or .db
+    shelve:Annotated[str, Option("PATH")], # path of the Python shelve database, without .dat, .dir or .db
     out:Folder, # region store to write
     dtype:Number="float32", # type of the stored region vectors
     force:bool=False, # replace a store that is there
 ):
-    "Turn Detic's results, a Python shelve, into a region store. No code of the shelve is executed."
+    "Convert Detic's regions from a Python shelve database to a region store, without executing its pickles."
     from aladin.data.detections import convert_detections
     store = convert_detections(shelve, out, dtype, force)
     print(f"{out}: {len(store)} images, {store.dim} numbers a region")

@@ -108,7 +108,7 @@ def export(
     out:Folder, # folder to write
     model:Folder=None, # model folder; the one that the index was built with if not given
     format:list[Literal["hdf5", "parquet", "onnx"]]=("hdf5", "parquet", "onnx"), # what to write
-    checked:Count=1000, # captions of the index whose recall shows what int8 loses
+    checked:Count=1000, # number of captions for comparing the recall of int8 with float32
     seed:Seed=0, # chooses these captions
     force:bool=False, # replace an export that is there
 ):

@@ -325,7 +325,7 @@ def _boxes(self:MergedRegions, regions, image_id):
 def merged(self:MergedRegions,
     image_id, # int or str
 )->dict: # as from `merge_boxes`
-    "The result of `merge_boxes` for an image."
+    "Merge the boxes of both detectors for an image; returns the fields of `merge_boxes`."
     image_id = str(image_id)
     fast, detic = self._boxes(self.fast, image_id), self._boxes(self.detic, image_id)
     return merge_boxes(fast, detic, self.statistics, self.merge)

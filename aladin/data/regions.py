@@ -298,7 +298,7 @@ class Regions:
     def num_regions(self,
         image_id, # int or str
     )->int:
-        "How many region vectors an image has."
+        "Number of region vectors of an image."
         raise NotImplementedError
 
     def _row(self, image_id):
@@ -439,7 +439,7 @@ def features(self:TsvRegions,
 def num_regions(self:TsvRegions,
     image_id, # int or str
 )->int: # region vectors
-    "The box count of an image, from the beginning of its row."
+    "Number of region vectors of an image, read without decoding them."
     image_id = str(image_id)
     line = self._tsv._line(self._row(image_id), limit=len(image_id.encode()) + 24)
     return self._count(image_id, line.decode("utf-8", "replace").split("\t"))

@@ -189,7 +189,9 @@ def merged_regions(
     ids:list, # images
     settings:DataSettings, # which detections are used
 ): # the regions that the model reads
-    "Regions of the detectors in the settings. Raises `InputError` where the second detector's are missing."
+    """Select, or merge, the regions of the detectors that the settings name.
+
+    Raises `InputError` where the second detector's are missing."""
     if settings.detections == "fast": return regions
     folder = Path(data)/"detic"
     if not folder.is_dir():

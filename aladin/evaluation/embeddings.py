@@ -180,7 +180,7 @@ def save_embeddings(
     embeddings:Embeddings, # what to write
     path, # a .safetensors file
 ):
-    "Write one file: matching vectors, ragged sets with their offsets, ids and owners."
+    "Write embeddings to one file: matching vectors, sets with offsets, ids, and the image index of each caption."
     e = embeddings
     tensors = dict(
         image_matching=e.image_matching, caption_matching=e.caption_matching,

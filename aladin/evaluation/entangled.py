@@ -14,12 +14,12 @@ from ..device import evaluating
 
 # %% ../../nbs/evaluation/04_entangled.ipynb #b9810d25
 class EntangledScorer:
-    "VinVL's cross-encoder: the match probability of a caption and an image that are read together."
+    "VinVL's cross-encoder, which reads image and caption together and returns the probability that they match."
     def __init__(self,
         model, # AladinModel with VinVL's pooler and classifier (`AladinModel.from_original`)
         data, # RetrievalSet
         batch_size:int=64, # pairs at once
-        autocast:torch.dtype|None=None, # compute in this type where torch may
+        autocast:torch.dtype|None=None, # type of torch.autocast, such as torch.bfloat16; None: float32
     ):
         self.model = model
         self.data = data

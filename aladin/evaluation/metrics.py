@@ -35,7 +35,7 @@ def text_to_image_ranks(
     scores:Tensor, # [images, captions]
     caption_image:Tensor, # row of each caption's image, [captions]
 )->np.ndarray: # [captions]
-    "Rank of each caption's image among all images, 0-based."
+    "0-based rank of each caption's image among all images; half of the images with an equal score rank before it."
     right = scores.gather(0, caption_image[None].to(scores.device))
     ties = (scores == right).sum(0) - 1
     return ((scores > right).sum(0) + ties//2).cpu().numpy()
@@ -149,10 +149,10 @@ def evaluate_model(
 def fold_metrics(
     embeddings:Embeddings, # an encoded split
     head:str="alignment", # alignment or matching
-    folds:int=5, # parts of consecutive images
+    folds:int=5, # number of parts of consecutive images
     progress:bool=False, # show a progress bar
 )->dict: # as `ranks_metrics`
-    "Mean over equal parts of the images, each searched alone; raises ValueError where the images do not divide."
+    "Metrics averaged over equal consecutive folds. Raises ValueError where the images cannot be divided equally."
     n,rest = divmod(len(embeddings.image_ids), folds)
     if rest or not n: raise ValueError(f"{len(embeddings.image_ids)} images do not make {folds} equal folds")
     parts = []

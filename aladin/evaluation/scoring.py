@@ -17,7 +17,7 @@ from .embeddings import check_not_empty, Embeddings
 
 # %% ../../nbs/evaluation/01_scoring.ipynb #db59b5b9
 class ScoreTiles:
-    """Exact scores of a split in tiles: some images with the captions of some images. Tile (a, a) has every right pair.
+    """Exact scores of a split, computed in blocks. The diagonal blocks (a, a) hold all matching pairs.
 
     Raises ValueError for an unknown head, and `InputError` for embeddings without images or without captions."""
     def __init__(self,

@@ -86,9 +86,9 @@ def load_original_weights(
     model:nn.Module, # an AladinModel
     weights:dict, # the authors' tensors by their names
     path, # the file that they come from, for the message
-    optional:tuple=(), # names in `AladinModel` that begin so may be missing
+    optional:tuple=(), # prefixes of parameter names of `AladinModel` that may be missing
 ):
-    "Copy the authors' tensors into the model; raises `InputError` listing those that do not fit."
+    "Copy the authors' tensors into a model. Raises `InputError` that lists those which do not fit."
     used = {name: tensor for name,tensor in weights.items() if original_name(name)}
     ours,own = {original_name(name): tensor for name,tensor in used.items()},model.state_dict()
     missing = [n for n in own if n not in ours and not n.startswith(optional)]

@@ -70,7 +70,7 @@ def model_card(
     name:str, # heading of the card
     metrics=None, # metrics.json of its run, a path or its content; None: the card has no figures
 )->str: # Markdown, with the front matter that the hub reads
-    "The card of a model: configuration, input, figures and limits. Raises `InputError` for a file that is no metrics."
+    "The card of a model as Markdown. Raises `InputError` for a file that is no metrics.json."
     if metrics is not None and not isinstance(metrics, dict):
         path, metrics = metrics, read_json(metrics)
         if not isinstance(metrics, dict) or "heads" not in metrics:

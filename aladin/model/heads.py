@@ -26,8 +26,7 @@ def register_aggregation(
     """Give an aggregation a name. Raises `ValueError` for a name that the package has already.
 
     The function gets cosines [images, captions, regions, words], 0 in cells of padding, and the masks of regions
-    [images, regions] and words
-    [captions, words], True where there is one; it returns scores [images, captions]."""
+    [images, regions] and words [captions, words], True where there is one. It returns scores [images, captions]."""
     if name in get_args(Aggregation): raise ValueError(f"aggregation {name!r} is one of the package's own")
     def register(function):
         AGGREGATIONS[name] = function
@@ -56,7 +55,8 @@ def aggregate(
     if aggregation == "MrAVGw": return a.max(2).values.sum(2) / (word_mask.sum(1) if lengths is None else lengths)
     if aggregation == "scan-sentences": return _scan(a, region_mask, word_mask, regions, words)
     if aggregation in AGGREGATIONS: return AGGREGATIONS[aggregation](a, region_mask, word_mask)
-    raise ValueError(f"aggregation {aggregation!r} is not one of MrSw, MrAVGw, symm, MwSr, sum, mean, scan-sentences")
+    known = ", ".join(dict.fromkeys([*get_args(Aggregation), *AGGREGATIONS]))
+    raise ValueError(f"aggregation {aggregation!r} is not one of {known}")
 
 # %% ../../nbs/model/03_heads.ipynb #13e68dec
 def _scan(a, region_mask, word_mask, regions, words):
@@ -129,10 +129,10 @@ class _Best(torch.autograd.Function):
 def best_cosines(
     sets:Ragged, # rows of length 1, [total rows, dim]
     queries:Tensor, # rows of length 1, [queries, dim]
-    clamp:str="batch", # batch, always or never
-    width:int|None=None, # for `batch`: sets shorter than this have a floor of 0; the longest when not given
+    clamp:str="batch", # where a best cosine below 0 counts as 0: always, never, or batch, for sets shorter than `width`
+    width:int|None=None, # for `batch`: the padded length of a batch; the longest set when not given
 )->Tensor: # [sets, queries], 0 for a set without rows
-    "The highest cosine of each query with the rows of each set; keeps sets x queries numbers for the backward pass."
+    "The highest cosine of each query with the rows of each set (MaxSim)."
     lengths = sets.lengths
     order = lengths.argsort(stable=True) if (lengths.diff() < 0).any() else None
     if order is not None: sets = sets[order]
@@ -157,13 +157,13 @@ def _cell_sums(regions, words):
 # %% ../../nbs/model/03_heads.ipynb #d49d6953
 def alignment_scores(
     regions:Ragged, # region sets of the images, rows of length 1, [total regions, dim]
-    words:Ragged, # word sets of the captions, rows of length 1, [total words, dim]
+    words:Ragged, # token sets of the captions, rows of length 1, [total tokens, dim]
     aggregation:str="MrSw", # see `aggregate`
-    clamp:str="batch", # batch, always or never
+    clamp:str="batch", # where a best cosine below 0 counts as 0: always, never, or batch, for sets shorter than `width`
     width:int|None=None, # pad the images to this many regions: `mean` divides by it; the longest when not given
-    length:int|None=None, # pad the captions to this many words, likewise
+    length:int|None=None, # pad the captions to this many tokens, likewise
 )->Tensor: # [images, captions]
-    "Scores of every image with every caption (ALADIN, equation 3), 0 for a pair with no region or no word."
+    "Alignment scores of every image with every caption (ALADIN, equation 3), 0 for a pair without regions or tokens."
     if aggregation in ("MrSw", "MrAVGw", "symm"):
         by_word = _summed(best_cosines(regions, words.values, clamp, width), words)
     if aggregation in ("MwSr", "symm"):

@@ -20,8 +20,8 @@ _LABELS = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "medr": "median rank", "mean
 def head_figures(
     metrics:dict, # content of a run's metrics.json
     head:str, # alignment or matching
-)->dict: # name of the figure -> value
-    "All figures of one head of a run."
+)->dict: # name of the metric -> value
+    "All metrics of one head of a run."
     found = {}
     for part, label in _PARTS.items():
         if head not in (m := metrics.get(part) or {}): continue
@@ -51,7 +51,7 @@ def compare_runs(
     reference=None, # folder of the published runs; results/reference/<name of the data set> when not given
     runs=None, # which runs, as <configuration>/seed-<number>; all when not given
 )->pd.DataFrame: # configuration, seed, head, comparison: "reproduced exactly", or each figure that differs
-    """Compare runs with those of the reference that have the same settings; empty where there are none.
+    """Compare runs with the package's published runs of the same settings and seeds; empty where there are none.
 
     Raises `InputError` for a folder without runs."""
     folder = Path(folder)

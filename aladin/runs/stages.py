@@ -104,7 +104,7 @@ def prepare_scenes(
     seed:int=0, # of the generator
     progress:bool=True, # show progress bars
     overwrite:bool=False, # replace a data set that is there
-)->dict: # the generator's summary with the symbolic ceiling
+)->dict: # the generator's summary; `ceiling`: recall of a search that compares the drawn objects themselves
     "Write the embedded data set in the authors' layout, with a second detector's regions and a small CLIP text model."
     train,minival,test = SCENES_SIZES[size]
     summary = write_scenes(out, train=train, minival=minival, test=test, seed=seed, progress=progress,

@@ -30,7 +30,7 @@ def read(self:SetStore,
 class ExactEngine(Items):
     "All vectors in memory, every score computed; filled from the segments of a `SetStore`."
     def put(self,
-        segment:str, # a segment of the store, written before
+        segment:str, # name of a stored segment
     ):
         "Does nothing: the segment is what is searched."
 
@@ -164,9 +164,9 @@ def _create(self:MilvusEngine, types, fingerprint, approximate):
 # %% ../../nbs/search/01_engines.ipynb #8f39491a
 @patch
 def put(self:MilvusEngine,
-    segment:str, # a segment of the store, written before
+    segment:str, # name of a stored segment
 ):
-    "Insert or replace the items of a segment; they are acknowledged when the call returns."
+    "Insert or replace the items of a stored segment; returns when the database has acknowledged them."
     s = self.store.segment(segment)
     items = zip(s.about["ids"], s.about["owners"], np.asarray(s.vectors))
     rows = [dict(id=i, owner=o, segment=segment, row=r, vector=v) for r,(i,o,v) in enumerate(items)]

@@ -28,7 +28,7 @@ _FORMULAS = dict(
 def explain(
     alignment:Alignment, # tokens of a text beside regions of a picture
 )->dict: # score, formula, words, regions, cosines
-    """The parts of a pair's alignment score, for the script that draws them.
+    """Split an alignment score into what each token and each region adds, as plain values for the HTML view.
 
     `words` has the text of each token, what it adds and the number of its best region; `regions` has box, tag and what
     each region adds; `cosines` is a list of lists [regions][tokens]."""
@@ -47,7 +47,7 @@ def explain(
 def picture_finder(
     folder, # data folder of `aladin extract` (pictures.json), or one with the pictures named by their ids
 ): # function: image id -> path, or None
-    "A function that finds the picture of an image."
+    "Return a function from image ids to picture files."
     return Pictures(folder).find
 
 # %% ../../nbs/search/03_page.ipynb #aa38704d
@@ -68,7 +68,7 @@ def _answer(rank, hit, find, pairs):
     url, ratio, problem = _inline(find(hit.image_id))
     note = f'<p class="note">{escape(problem)}</p>' if problem else ""
     if not hit.alignment: return f'<div class="hit">{title}{score}<img src="{url}" alt="">{note}</div>'
-    pairs.append(explain(hit.alignment) | dict(picture=url, ratio=ratio, matching=hit.matching))
+    pairs.append(explain(hit.alignment) | dict(score=hit.score, picture=url, ratio=ratio, matching=hit.matching))
     return f'<div class="hit">{title}{score}<div data-pair="{len(pairs) - 1}"></div>{note}</div>'
 
 # %% ../../nbs/search/03_page.ipynb #646135af

@@ -54,12 +54,12 @@ def clip_gradients(
 
 # %% ../../nbs/training/05_pretraining.ipynb #f4c41011
 class PretrainingHead(nn.Module):
-    "Predicts words from the backbone's rows, by the table of word embeddings, and scores pairs by the alignment head."
+    "Masked-token prediction with the token embeddings as output weights, and alignment scores of pairs."
     def __init__(self,
         model:AladinModel, # whose backbone is trained
         data:RetrievalSet, # training split
         max_words:int=2000, # only this many tokens are predicted, the most frequent ones
-        thinning=Thinning(0, 0), # leaves out some regions and tokens
+        thinning=Thinning(0, 0), # token and region dropout
     ):
         super().__init__()
         self.model = model

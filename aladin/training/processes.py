@@ -110,10 +110,10 @@ def sum_gradients(self:Processes,
 # %% ../../nbs/training/01_processes.ipynb #996b11a6
 @patch
 def same_start(self:Processes,
-    model, # its weights become those of the main process
+    model, # receives the weights of the main process
     seed:int, # of dropout; each process adds its rank
 ):
-    "Begin with the same weights and different random numbers."
+    "Broadcast the weights of the main process, and seed each process with `seed` plus its rank."
     if not self.together: return
     for value in model.state_dict().values(): dist.broadcast(value, group_src=0, group=self.group)
     torch.manual_seed(seed + self.rank)

@@ -78,12 +78,12 @@ def _chunks(rows, size):
 
 def read_share(
     source, # RetrievalSet or FrozenStates
-    rows:np.ndarray, # caption numbers of this process
-    chunk_size:int=0, # most images and captions of a chunk; 0: all
-    thinning:Thinning|None=None, # leaves out tokens and regions; none when not given
+    rows:np.ndarray, # caption indices of this process
+    chunk_size:int=0, # largest number of images, and of captions, that are encoded at once; 0: all
+    thinning:Thinning|None=None, # token and region dropout; None: nothing is left out
     pin:bool=False, # into pinned memory, for a GPU
 )->Share:
-    "Read some captions and their images."
+    "Load this process's part of a batch: captions and their images, divided into chunks."
     distinct,of_pair = np.unique(source.caption_image[rows], return_inverse=True)
     share = thinning.share if thinning and not isinstance(source, FrozenStates) else 0
     pin_images = pin and not (thinning and thinning.share)
@@ -138,14 +138,14 @@ def batch_losses(
     model:AladinModel, # a model
     criterion:Criterion, # what to minimise
     data:RetrievalSet, # where the pairs come from
-    rows, # caption numbers of the batch
+    rows, # caption indices of the batch
     epoch:int=0, # for activate_distillation_after
     step:int=10**9, # for all_negatives_steps
     frozen:FrozenStates|None=None, # of model and data, if the backbone is frozen
-    share:Share|None=None, # the batch if it is read already
+    share:Share|None=None, # the batch, where `read_share` has loaded it before
     precision:str="float32", # what the encoder computes in
 )->tuple: # total (scalar), dict of each term's loss
-    "The losses of one batch of true pairs."
+    "The losses of one batch of matching image-caption pairs."
     device,terms = next(model.parameters()).device,criterion.settings.terms
     need = _needs(terms)
     share = share or read_share(frozen or data, rows)

@@ -79,7 +79,7 @@ def look(self:Explorer,
     heads:list=HEADS, # rankings to show, of alignment, matching and two-stage
     pick:str="", # caption or picture: choose one of the data set at random
 )->dict: # query, image, rankings, pair, captions, captions_milliseconds, pictures, note
-    "Everything that the explorer shows of a caption or a picture. Raises `InputError` for an unknown picture."
+    "Rankings, pair and captions for a caption or a picture. Raises `InputError` for an unknown picture."
     query,image = self._pick(pick) if pick else (query.strip(), image)
     rankings = [self._rank(query, head) for head in heads] if query else []
     image = image or next((r["hits"][0]["id"] for r in rankings if r["hits"]), "")
