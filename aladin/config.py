@@ -81,8 +81,8 @@ class LossSettings:
     max_violation:bool = True # triplet loss: the hardest negative only, instead of the sum over all
     all_negatives_steps:int = number(0, ge=0) # optimisation steps with all negatives before max_violation applies
     distillation:Literal["listnet", "mse", "ordinal", "contrastive"] = "listnet" # loss between student and teacher
-    student_temperature:float = number(6.0, gt=0) # ListNet: the student's scores are multiplied by this
-    teacher_scale:float = number(1.0, gt=0) # ListNet: the teacher's scores are multiplied by this
+    student_temperature:float = number(6.0, gt=0) # ListNet: factor of the student's scores (an inverse temperature)
+    teacher_scale:float = number(1.0, gt=0) # ListNet: factor of the teacher's scores (an inverse temperature)
     activate_distillation_after:int = number(0, ge=0) # epochs before distillation begins
     allow_siblings:bool = True # treat two captions of one image in a batch as negatives of each other
 
