@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Folder', 'File', 'Words', 'Count', 'Seed', 'Number', 'Split', 'COMMANDS', 'Option', 'number', 'comments', 'Command',
-           'command', 'add_arguments', 'parser_of']
+           'command', 'add_arguments', 'parser_of', 'quick_imports']
 
 # %% ../../nbs/cli/00_command.ipynb #913c8d74
-import argparse, inspect, math, re
+import argparse, gc, inspect, math, re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Callable, Literal, Union, get_args, get_origin
@@ -156,3 +157,11 @@ def parser_of(
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, made)
     return parser
+
+# %% ../../nbs/cli/00_command.ipynb #b60a5f5f
+@contextmanager
+def quick_imports():
+    "Context: the garbage collector rests while modules are imported."
+    gc.disable()
+    try: yield
+    finally: gc.enable()

@@ -11,7 +11,7 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .command import Count, File, Folder, Option, Seed, Split, Words, command
+from .command import Count, File, Folder, Option, Seed, Split, Words, command, quick_imports
 
 # %% ../../nbs/cli/04_search.ipynb #7116e97c
 def _report_vanished(index, images, data, prune):
@@ -232,7 +232,7 @@ def _open_index(index, model):
     "An index to be searched: without torch where it has an exported encoder and no model is named."
     from aladin.search.onnx import has_encoder, OnnxIndex
     if model is None and has_encoder(index): return OnnxIndex(index)
-    from aladin.search.index import SearchIndex
+    with quick_imports(): from aladin.search.index import SearchIndex
     return SearchIndex.open(index, model)
 
 # %% ../../nbs/cli/04_search.ipynb #b7d494cf
@@ -280,7 +280,7 @@ def demo_command(
     k:Count=10, # number of answers
 ):
     "Search a thousand drawn pictures with the model of the package. The first call draws and indexes them."
-    from aladin.search.demo import demo
+    with quick_imports(): from aladin.search.demo import demo
     from aladin.search.page import picture_finder, search_page
     made = demo(out)
     answers = [(asked, made.index.search(asked, k, explain=True)) for asked in text]
