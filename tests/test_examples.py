@@ -28,7 +28,7 @@ root = Path(__file__).resolve().parent.parent
 golden = root/"tests"/"golden"
 ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
-ORDER = ("prepare", "extract", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
+ORDER = ("prepare", "convert-detector", "extract", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
          "evaluate", "index", "search", "export", "search-study", "demo")
 
 
@@ -61,6 +61,8 @@ def world(tmp_path_factory):
     make_detector(folder/"models"/"detr")
     for path in (golden/"v2"/"feats").glob("detic.*"): shutil.copy(path, folder)
     shutil.copy(golden/"v1"/"checkpoint.pth.tar", folder)
+    shutil.copy(golden/"detector"/"weights.pth", folder/"vinvl_vg_x152c4.pth")
+    shutil.copy(golden/"detector"/"labelmap.json", folder/"VG-SGG-dicts-vgoi6-clipped.json")
     shutil.copytree(golden/"v1"/"oscar_ckpt", folder/"vinvl_base")
     shutil.copy(resource_dir("experiments")/"settings"/"tiny.yaml", folder/"scenes.yaml")
     shutil.copytree(resource_dir("demo")/"model", folder/"model")
