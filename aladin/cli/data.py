@@ -7,6 +7,7 @@ __all__ = ['Manifest', 'prepare', 'extract_command', 'convert_detections_command
            'make_clip_command', 'fetch_command', 'verify_command']
 
 # %% ../../nbs/cli/01_data.ipynb #db0d453d
+import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,7 +59,7 @@ def extract_command(
     seed:Seed=0, # divides captioned pictures into splits
 ):
     "Find the regions of a folder of pictures with an object detector."
-    if detector.startswith("vinvl:"): import aladin.data.vinvl # which registers it
+    if detector.startswith("vinvl:"): importlib.import_module("aladin.data.vinvl") # registers it
     from aladin.data.extract import extract, open_detector
     found = open_detector(detector, threshold, least, most)
     store = extract(images, found, out, captions, dtype, batch_size, seed)
