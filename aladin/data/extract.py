@@ -102,9 +102,12 @@ DETECTORS = {} # name -> class, for detectors that transformers does not have
 def register_detector(
     name:str, # stands before the colon in NAME:FOLDER
 ):
-    "Decorator: register a class of detectors, with the arguments and attributes of `Detector`, under a name."
+    """Decorator: register a class of detectors, with the arguments and attributes of `Detector`, under a name.
+
+    A class of the same name replaces the older one, as when a notebook cell is run again."""
     def register(kind):
-        if name in DETECTORS or not name.isidentifier():
+        taken = name in DETECTORS and DETECTORS[name].__name__ != kind.__name__
+        if taken or not name.isidentifier():
             expected = "a new name of letters and digits"
             raise InputError("register_detector", "name", expected, repr(name), "choose another")
         DETECTORS[name] = kind
