@@ -21,7 +21,8 @@ from aladin.data.extract import Detector, extract, make_detector
 from aladin.data.pictures import find_pictures, open_picture
 from aladin.view.plots import Attention, plot_attention
 from aladin.data.regions import TsvFile, TsvRegions, convert_regions
-from aladin.search.index import Alignment, Hit, SearchIndex
+from aladin.model.alignment import Alignment
+from aladin.search.index import Hit, SearchIndex
 from aladin.search.page import picture_finder, search_page
 from small_inputs import write_data, write_model, write_picture
 

@@ -161,7 +161,7 @@ def parser_of(
 # %% ../../nbs/cli/00_command.ipynb #b60a5f5f
 @contextmanager
 def quick_imports():
-    "Context: the garbage collector rests while modules are imported."
+    "Context: garbage collection is off, for the import of large modules."
     gc.disable()
     try: yield
     finally: gc.enable()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import box_iou, clip_boxes, decode_boxes, nms
+from .boxes import clip_boxes, decode_boxes, nms, overlapping
 
 # %% ../../nbs/data/13_selection.ipynb #2f16a6ba
 def class_boxes(
@@ -37,8 +37,7 @@ def nms_by_class(
     block = len(removed) if boxes.shape[1] == 1 else 64
     for at in range(0, len(removed), block):
         own = boxes if boxes.shape[1] == 1 else boxes[:, at:at + block]
-        iou = torch.stack([box_iou(b, b, pixels) for b in own.unbind(1)])
-        over = (iou >= threshold if pixels else iou.double() > threshold).cpu().numpy()
+        over = np.stack([overlapping(b, b, threshold, pixels) for b in own.unbind(1)])
         some = np.arange(min(block, len(removed) - at))
         for best in order[:, at:at + block]:
             alive = ~removed[at + some, best]

@@ -263,9 +263,8 @@ def _checkpoint(path):
             raise InputError(path, name, expected, "others", "this detector is not VinVL's")
     return tensors
 
-def _names(path, key):
+def _names(path, table, key):
     "The names of a label map in the order of their numbers, from 1. Raises `InputError` for another file."
-    table = read_json(path)
     numbers = table.get(key) if isinstance(table, dict) else None
     fix = "name the label map, such as VG-SGG-dicts-vgoi6-clipped.json"
     if not isinstance(numbers, dict) or sorted(numbers.values()) != list(range(1, len(numbers) + 1)):
@@ -293,8 +292,9 @@ def load_original_detector(
     labels, # their label map, such as VG-SGG-dicts-vgoi6-clipped.json
 )->VinvlDetector: # in evaluation mode
     "Load the authors' detector. Raises `InputError` for a file that does not fit, listing the tensors."
-    tensors = _checkpoint(checkpoint)
-    config = _config_of(checkpoint, tensors, _names(labels, "label_to_idx"), _names(labels, "attribute_to_idx"))
+    tensors,table = _checkpoint(checkpoint),read_json(labels)
+    names = [_names(labels, table, key) for key in ("label_to_idx", "attribute_to_idx")]
+    config = _config_of(checkpoint, tensors, *names)
     for name,names in (("roi_heads.box.predictor.cls_score.weight", config.class_names),
                        ("attribute.predictor.attr_score.weight", config.attribute_names)):
         if len(tensors.get(name, ())) != len(names) + 1:

@@ -106,7 +106,7 @@ class AladinModel(PreTrainedModel):
 # %% ../../nbs/model/05_model.ipynb #13e16a35
 @patch
 def reads_all_layers(self:AladinModel,
-    matching:bool, # is the matching vector computed?
+    matching:bool, # whether the matching vector is computed
 )->bool:
     "Whether depth aggregation needs the hidden states of every layer."
     c = self.config
@@ -116,9 +116,9 @@ def reads_all_layers(self:AladinModel,
 @patch
 def encode_states(self:AladinModel,
     states:list, # hidden states of each layer, or of the last one alone: a Ragged [total rows, hidden] each
-    images:bool, # are these the regions of images? else the tokens of captions
-    matching:bool=True, # compute the matching vector?
-    alignment:bool=True, # compute the region or token sets?
+    images:bool, # True for the regions of images, False for the tokens of captions
+    matching:bool=True, # compute the matching vectors
+    alignment:bool=True, # compute the region or token sets
 )->Encoded:
     "Both heads on the backbone's hidden states."
     c,fine,depth = self.config,states[-1],None
@@ -139,8 +139,8 @@ def encode_states(self:AladinModel,
 @patch
 def encode_image_batch(self:AladinModel,
     images:ImageBatch, # tags and regions
-    matching:bool=True, # compute the matching vector?
-    alignment:bool=True, # compute the region sets?
+    matching:bool=True, # compute the matching vectors
+    alignment:bool=True, # compute the region sets
 )->Encoded: # matching [images, hidden], regions [total regions that take part, hidden]
     "Encode a batch of images without any caption; differentiable, except for a frozen backbone."
     every = self.reads_all_layers(matching)
@@ -153,8 +153,8 @@ def encode_image_batch(self:AladinModel,
 @patch
 def encode_caption_batch(self:AladinModel,
     tokens:Ragged, # token numbers, int64 [total tokens], or CLIP's vectors, float32 [total tokens, clip_dim]
-    matching:bool=True, # compute the matching vector?
-    alignment:bool=True, # compute the token sets?
+    matching:bool=True, # compute the matching vectors
+    alignment:bool=True, # compute the token sets
 )->Encoded: # matching [captions, hidden], tokens [total tokens that take part, hidden]
     "Encode a batch of captions without any image; differentiable, except for a frozen backbone."
     every = self.reads_all_layers(matching)

@@ -20,11 +20,10 @@ from ..device import hash_weights
 from ..data.processor import AladinProcessor
 from ..data.splits import for_processor
 from ..model.configuration import AladinConfig
-from ..model.alignment import Alignment
 from ..model.model import AladinModel, Encoded, load_model, regions_used
 from .engines import ExactEngine, MilvusEngine
-from .segments import (
-    check_engine, FORMAT, Hit, Items, KINDS, read_index, SetStore, VERSION)
+from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read_index, VERSION
+from .segments import caption_hit, picture_alignment, picture_place
 
 # %% ../../nbs/search/02_index.ipynb #2a49872e
 _GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__ and f.name != "clip"]
@@ -56,7 +55,7 @@ class SearchIndex:
         self.folder, self.model = Path(folder), model
         self.info = read_index(self.folder)
         self._check_model()
-        self.stores = {kind: SetStore(self.folder/kind, (of, "source"), self.info["dim"]) for kind, of in KINDS.items()}
+        self.stores = open_stores(self.folder, self.info["dim"])
         self.engines = {kind: self._engine(kind) for kind in KINDS}
 
     def _check_model(self):
@@ -308,10 +307,9 @@ def ranked(self:SearchIndex,
 @patch
 def _alignment(self:SearchIndex, place, vectors, tokens):
     "The alignment of a text, [tokens, dim] and as strings, with the picture at a place of the images."
-    segment, regions = self.stores["images"].segment(place[0]), self.stores["images"].read([place]).values
-    boxes, tags = np.array(segment.boxes[segment.rows(place[1])]), segment.about["tags"][place[1]]
-    cosines, config = (regions @ vectors.T).numpy(), self.model.config
-    return Alignment(tokens, boxes, tags, cosines, config.aggregation, config.clamp != "never")
+    store, config = self.stores["images"], self.model.config
+    cosines = (store.read([place]).values @ vectors.T).numpy()
+    return picture_alignment(store, place, tokens, cosines, config.aggregation, config.clamp != "never")
 
 # %% ../../nbs/search/02_index.ipynb #ea60874c
 @patch
@@ -347,11 +345,7 @@ def search(self:SearchIndex,
 @patch
 def _image(self:SearchIndex, image_id):
     "Place, vector and region set of a picture."
-    place = self.engines["images"].find([str(image_id)]).get(str(image_id))
-    if place is None:
-        expected, found = "a picture of the index", f"none among {len(self)}"
-        raise InputError(self.folder, f"image {image_id}", expected, found, "add it to the index first")
-    store = self.stores["images"]
+    place, store = picture_place(self.folder, self.engines["images"], image_id), self.stores["images"]
     vector = torch.tensor(store.segment(place[0]).vectors[place[1]])
     return place, vector, store.read([place])
 
@@ -359,8 +353,7 @@ def _image(self:SearchIndex, image_id):
 @patch
 def _caption_hit(self:SearchIndex, i, cosine, place, score, image):
     "A `Hit` for a caption, with its alignment to the picture at the place `image`, if that is given."
-    about, row = self.stores["captions"].segment(place[0]).about, place[1]
-    hit = Hit(i, about["owners"][row], score, cosine, about["texts"][row])
+    hit = caption_hit(self.stores["captions"], i, cosine, place, score)
     if image:
         tokens = self.model.encode_captions(hit.text).tokens
         hit.alignment = self._alignment(image, tokens.values, self.model.words_used(hit.text))

@@ -13,8 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import InputError, read_json
-from ..model.alignment import Alignment, contributions
-from .segments import Hit, Items, KINDS, read_index, SetStore
+from ..model.alignment import contributions
+from .segments import (
+    caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index)
 
 # %% ../../nbs/search/04_onnx.ipynb #0f0b87e6
 def _packages():
@@ -82,8 +83,7 @@ class OnnxIndex:
             found = self.captions.about.get("model")
             expected = f"{self.info['model']}, as in index.json"
             raise InputError(path, "model", expected, found, "export the encoder again")
-        stores = {kind: SetStore(self.folder/kind, (of, "source"), self.info["dim"]) for kind,of in KINDS.items()}
-        self.items = {kind: Items(store) for kind,store in stores.items()}
+        self.items = {kind: Items(store) for kind,store in open_stores(self.folder, self.info["dim"]).items()}
 
     def __len__(self): return len(self.items["images"])
 
@@ -108,16 +108,15 @@ def _ranked(self:OnnxIndex, kind, vector, cosines, k, rerank):
     items = self.items[kind]
     vectors = items.matrix()
     if not len(vectors): return []
-    ids,matching = items.ids(),vectors @ vector
+    matching = vectors @ vector
     rows = _best(matching, max(k, rerank))
-    places = list(items.find([ids[r] for r in rows]).values())
-    scores = matching[rows]
+    found,scores = items.located(rows),matching[rows]
     if rerank:
-        values,lengths = items.store.arrays(places)
+        values,lengths = items.store.arrays([place for _,place in found])
         sets = np.split(values, lengths.cumsum()[:-1])
         scores = np.array([self._score(cosines(o)) for o in sets])
     order = np.argsort(-scores, kind="stable")[:k]
-    return [(ids[rows[o]], float(matching[rows[o]]), places[o], float(scores[o])) for o in order]
+    return [(found[o][0], float(matching[rows[o]]), found[o][1], float(scores[o])) for o in order]
 
 # %% ../../nbs/search/04_onnx.ipynb #205f79aa
 @patch
@@ -137,9 +136,8 @@ def search(self:OnnxIndex,
 def _alignment(self:OnnxIndex, place, words, tokens):
     "The tokens of a text beside the regions at a place of the images."
     store,about = self.items["images"].store,self.captions.about
-    segment,regions = store.segment(place[0]),store.arrays([place])[0]
-    boxes,tags = np.array(segment.boxes[segment.rows(place[1])]),segment.about["tags"][place[1]]
-    return Alignment(tokens, boxes, tags, regions @ words.T, about["aggregation"], about["clamp"])
+    cosines = store.arrays([place])[0] @ words.T
+    return picture_alignment(store, place, tokens, cosines, about["aggregation"], about["clamp"])
 
 @patch
 def search_captions(self:OnnxIndex,
@@ -148,15 +146,8 @@ def search_captions(self:OnnxIndex,
     rerank:int=100, # candidates that the alignment head ranks; 0: the matching head's order
 )->list: # of `Hit`, best first
     "Find captions for a picture. Raises `InputError` for one that is not in the index."
-    images,captions = self.items["images"],self.items["captions"]
-    place = images.find([str(image_id)]).get(str(image_id))
-    if place is None:
-        expected,found = "a picture of the index",f"none among {len(self)}"
-        raise InputError(self.folder, f"image {image_id}", expected, found, "add it to the index first")
-    regions = images.store.arrays([place])[0]
-    vector = images.store.segment(place[0]).vectors[place[1]]
+    store = self.items["images"].store
+    place = picture_place(self.folder, self.items["images"], image_id)
+    regions,vector = store.arrays([place])[0],store.segment(place[0]).vectors[place[1]]
     best = self._ranked("captions", vector, lambda words: regions @ words.T, k, rerank)
-    def hit(i, cosine, place, score):
-        about,row = captions.store.segment(place[0]).about,place[1]
-        return Hit(i, about["owners"][row], score, cosine, about["texts"][row])
-    return [hit(*o) for o in best]
+    return [caption_hit(self.items["captions"].store, *o) for o in best]

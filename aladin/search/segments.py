@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'KINDS', 'Segment', 'SetStore', 'check_finite', 'Items', 'LiveItems', 'check_engine',
-           'read_index', 'Hit']
+           'read_index', 'Hit', 'open_stores', 'picture_place', 'caption_hit', 'picture_alignment']
 
 # %% ../../nbs/search/00_segments.ipynb #7f7625d7
 import json, re, uuid
@@ -252,6 +252,13 @@ def matrix(self:Items)->np.ndarray: # float32 [items, dim]
     self._vectors,self._ids = vectors,list(self._place)
     return vectors
 
+@patch
+def located(self:Items,
+    rows, # of the array that `matrix` returned last
+)->list: # of (id, (segment, row))
+    "The ids and places of items by their rows."
+    return [(self._ids[row], self._place[self._ids[row]]) for row in rows]
+
 # %% ../../nbs/search/00_segments.ipynb #2f53b807
 @dataclass
 class LiveItems:
@@ -322,3 +329,46 @@ class Hit:
     matching:float # matching score, the cosine of two vectors
     text:str|None=None # the caption, where captions were searched
     alignment:Alignment|None=None # word by region, where it was asked for
+
+# %% ../../nbs/search/00_segments.ipynb #6400d531
+def open_stores(
+    folder, # of an index
+    dim:int, # width of its vectors and sets
+)->dict: # images and captions: `SetStore`
+    "The segments of an index, by kind of item."
+    return {kind: SetStore(Path(folder)/kind, (of, "source"), dim) for kind,of in KINDS.items()}
+
+def picture_place(
+    folder, # of the index, for the error
+    images, # its pictures: an engine, or `Items`
+    image_id, # int or str
+)->tuple: # segment and row
+    "The place of a picture. Raises `InputError` for one that is not in the index."
+    place = images.find([str(image_id)]).get(str(image_id))
+    if place is not None: return place
+    expected,found = "a picture of the index",f"none among {len(images)}"
+    raise InputError(folder, f"image {image_id}", expected, found, "add it to the index first")
+
+def caption_hit(
+    store:SetStore, # of the captions
+    item:str, # id of the caption
+    cosine:float, # matching score
+    place:tuple, # segment and row of the caption
+    score:float, # score that ranked it
+)->Hit: # without alignment
+    "A caption as an answer."
+    about,row = store.segment(place[0]).about,place[1]
+    return Hit(item, about["owners"][row], score, cosine, about["texts"][row])
+
+def picture_alignment(
+    store:SetStore, # of the pictures
+    place:tuple, # segment and row of a picture
+    tokens:list, # the tokens of a text
+    cosines:np.ndarray, # float32 [regions, tokens]
+    aggregation:str, # of the model
+    clamp:bool, # whether a best cosine below 0 counts as 0
+)->Alignment:
+    "The tokens of a text beside the regions of a picture, with the stored boxes and tags."
+    segment,row = store.segment(place[0]),place[1]
+    boxes,tags = np.array(segment.boxes[segment.rows(row)]),segment.about["tags"][row]
+    return Alignment(tokens, boxes, tags, cosines, aggregation, clamp)
