@@ -88,7 +88,7 @@ def test_stages(detector, processor, picture):
     found = select_detections(r["box.logits"], None, proposals, (width, height))
     for what in ("labels", "scores", "boxes"): assert torch.equal(getattr(found, what), r[f"final.{what}"]), what
     assert torch.equal(r["box.pooled"][found.rows], r["final.box_features"])
-    same_attributes(*detector.attributes_of(r["backbone"], r["final.boxes"], r["final.labels"]), r)
+    same_attributes(*detector.attributes_of(detector.pooled(r["backbone"], r["final.boxes"]), r["final.labels"]), r)
     scale = torch.tensor([*picture["picture"]]*2)/torch.tensor([width, height]*2)
     assert (r["final.boxes"]*scale - r["final.boxes_in_picture"]).abs().max() < 1e-3
 
@@ -108,6 +108,25 @@ def test_whole_runs(detector, processor, variant, kind, monkeypatch):
         matched(found, recorded(file))
         checked += 1
     assert checked
+
+
+def test_inference(processor, tmp_path):
+    "With folded norms the same detections; in bfloat16 the same map and the same features of given boxes, to its precision; neither can be saved."
+    def loaded(dtype):
+        made = load_original_detector(golden/"weights.pth", golden/"labelmap.json").for_inference(dtype)
+        made.config.candidates, made.config.proposals = sizes["pre_nms_top_n"], sizes["post_nms_top_n"]
+        return made
+    folded, short = loaded(torch.float32), loaded(torch.bfloat16)
+    def error(found, expected): return ((found.float() - expected).norm()/expected.norm()).item()
+    for picture in PICTURES:
+        r, (pixels, found_sizes) = recorded(picture["name"]), processor([opened(picture)])
+        matched(folded.detect(pixels, found_sizes)[0], r)
+        with torch.no_grad():
+            exact, rounded = folded.backbone["body"](pixels), short.backbone["body"](pixels.bfloat16())
+            pooled = short.pooled(r["backbone"].bfloat16(), r["rpn.proposals.boxes"])
+        assert error(rounded, r["backbone"]) < 2**16*error(exact, r["backbone"])  # as much as the roundings differ: 2**-8 to 2**-24
+        assert pooled.dtype == torch.float32 and error(pooled, r["box.pooled"]) < .01
+    with pytest.raises(RuntimeError, match="load it again"): folded.save_pretrained(tmp_path)
 
 
 def test_a_batch_with_padding(detector, processor):

@@ -9,6 +9,7 @@ __all__ = ['VinvlConfig', 'FrozenNorm', 'Bottleneck', 'Body', 'VinvlDetector', '
 # %% ../../nbs/data/14_vinvl.ipynb #86b64642
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -64,11 +65,17 @@ class FrozenNorm(nn.Module):
         for name,value in dict(weight=1., bias=0., running_mean=0., running_var=1.).items():
             self.register_buffer(name, torch.full((channels,), value))
 
-    def forward(self, x):
+    def scale_and_shift(self)->tuple: # two tensors, float32 [channels]
+        "The factor and the addend of each channel."
         scale = self.weight*self.running_var.rsqrt()
-        shift = self.bias - self.running_mean*scale
+        return scale,self.bias - self.running_mean*scale
+
+    def forward(self, x):
+        scale,shift = self.scale_and_shift()
         return x*scale[:, None, None] + shift[:, None, None]
 
+
+# %% ../../nbs/data/14_vinvl.ipynb #73c1450f
 class Bottleneck(nn.Module):
     "Three convolutions and a shortcut, which is a convolution where channels or resolution change."
     def __init__(self, before, width, after, groups, stride):
@@ -81,9 +88,11 @@ class Bottleneck(nn.Module):
         self.conv3,self.bn3 = nn.Conv2d(width, after, 1, bias=False),FrozenNorm(after)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
 
 # %% ../../nbs/data/14_vinvl.ipynb #b2e62654
 def _stage(config, number):
@@ -104,8 +113,8 @@ class Body(nn.Module):
         self.layer1,self.layer2,self.layer3 = (_stage(config, number) for number in (1, 2, 3))
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.stem["bn1"](self.stem["conv1"](x))), 3, 2, 1)
-        return self.layer3(self.layer2(self.layer1(x)))
+        x = F.relu(self.stem["bn1"](self.stem["conv1"](x)), inplace=True)
+        return self.layer3(self.layer2(self.layer1(F.max_pool2d(x, 3, 2, 1))))
 
 # %% ../../nbs/data/14_vinvl.ipynb #4b6404d5
 class _Anchors(nn.Module):
@@ -118,6 +127,7 @@ class VinvlDetector(PreTrainedModel):
     "Faster R-CNN with an attribute head (VinVL); `detect` is its use."
     config_class = VinvlConfig
     main_input_name = "pixels"
+    folded = False # whether `for_inference` has changed it
 
     def __init__(self, config):
         super().__init__(config)
@@ -139,6 +149,11 @@ class VinvlDetector(PreTrainedModel):
         self.attribute = nn.ModuleDict(dict(predictor=nn.ModuleDict(attribute)))
         self.post_init()
 
+    def save_pretrained(self, *args, **kwargs):
+        "Write the model's files. Raises RuntimeError after `for_inference`, which changes the weights."
+        if self.folded: raise RuntimeError("a detector after `for_inference` cannot be saved: load it again")
+        super().save_pretrained(*args, **kwargs)
+
 # %% ../../nbs/data/14_vinvl.ipynb #5fcf2dc2
 @patch
 def propose(self:VinvlDetector,
@@ -147,7 +162,7 @@ def propose(self:VinvlDetector,
 )->Tensor: # [proposals, 4], in pixels of the input
     "The proposals of one picture."
     c,head = self.config,self.rpn["head"]
-    hidden = F.relu(head["conv"](features))
+    hidden = F.relu(head["conv"](features)).float()
     scores,deltas = head["cls_logits"](hidden),head["bbox_pred"](hidden)
     cell = self.rpn["anchor_generator"]["cell_anchors"].get_buffer("0")
     anchors = grid_anchors(cell, *features.shape[2:], 16).to(features.device)
@@ -157,18 +172,21 @@ def propose(self:VinvlDetector,
     boxes = clip_boxes(decode_boxes(deltas[best], anchors[best]), size)
     usable = not_small(boxes, 0)
     boxes,scores = boxes[usable],scores[usable]
-    return boxes[nms(boxes, scores, c.proposal_overlap, c.pixels)[:c.proposals]]
+    return boxes[nms(boxes, scores, c.proposal_overlap, c.pixels, c.proposals)[:c.proposals]]
 
 @patch
 def pooled(self:VinvlDetector,
     features:Tensor, # map, [1, channels, height, width]
     boxes:Tensor, # in pixels of the input, [boxes, 4]
-    block:int=64, # number of boxes that are computed at once
+    block:int=32, # number of boxes that are computed at once: more need more memory and are not faster
 )->Tensor: # [boxes, 2 x channels]
     "The vectors of boxes: ROIAlign, the last stage, and the mean over its cells."
-    layer4,rois = self.roi_heads["box"]["feature_extractor"]["head"]["layer4"],F.pad(boxes, (1, 0))
-    found = [layer4(roi_align(features, some, 1/16, (14, 14))).mean((2, 3)) for some in rois.split(block)]
-    return torch.cat(found) if found else features.new_zeros(0, 2*features.shape[1])
+    layer4,features32 = self.roi_heads["box"]["feature_extractor"]["head"]["layer4"],features.float()
+    found = [boxes.new_zeros(0, 2*features.shape[1])]
+    for some in F.pad(boxes, (1, 0)).split(block):
+        aligned = roi_align(features32, some, 1/16, (14, 14))
+        found.append(layer4(aligned.to(features.dtype)).float().mean((2, 3)))
+    return torch.cat(found)
 
 # %% ../../nbs/data/14_vinvl.ipynb #4970ee84
 @dataclass
@@ -183,13 +201,12 @@ class DetectedRegions:
 
 @patch
 def attributes_of(self:VinvlDetector,
-    features:Tensor, # map, [1, channels, height, width]
-    boxes:Tensor, # of the detections, [regions, 4]
+    vectors:Tensor, # of the detections' boxes, from `pooled`, [regions, 2 x channels]
     labels:Tensor, # classes of the detections, [regions]
 )->tuple: # attributes int64 [regions, attributes], their scores float32
     "The best attributes of detections; scores at or below the threshold become 0."
     head = self.attribute["predictor"]
-    vectors = torch.cat([self.pooled(features, boxes), head["cls_embedding"](labels)], 1)
+    vectors = torch.cat([vectors, head["cls_embedding"](labels)], 1)
     scores = head["attr_score"](F.relu(head["fc_attr"](vectors))).softmax(1)
     scores[:, 0] = 0
     scores[scores <= self.config.attribute_threshold] = 0
@@ -203,17 +220,43 @@ def detect(self:VinvlDetector,
     sizes:list, # width and height of each picture, without padding
 )->list: # of `DetectedRegions`
     "The regions of some pictures."
-    c,maps,found = self.config,self.backbone["body"](pixels),[]
-    head = self.roi_heads["box"]["predictor"]
+    c,head,found = self.config,self.roi_heads["box"]["predictor"],[]
+    dtype = self.rpn["head"]["conv"].weight.dtype
+    maps = self.backbone["body"](pixels.to(dtype, memory_format=torch.channels_last))
     for features,size in zip(maps.split(1), sizes):
         proposals = self.propose(features, size)
         vectors = self.pooled(features, proposals)
         deltas = head["bbox_pred"](vectors) if c.regression else None
         chosen = (c.rule, c.threshold, c.least, c.most, c.pixels)
         s = select_detections(head["cls_score"](vectors), deltas, proposals, size, *chosen)
-        attributes = self.attributes_of(features, s.boxes, s.labels)
+        moved = not torch.equal(s.boxes, proposals[s.rows])
+        of_boxes = self.pooled(features, s.boxes) if moved else vectors[s.rows]
+        attributes = self.attributes_of(of_boxes, s.labels)
         found.append(DetectedRegions(s.boxes, s.labels, s.scores, vectors[s.rows], *attributes))
     return found
+
+# %% ../../nbs/data/14_vinvl.ipynb #9f7b9410
+def _fold(conv, norm):
+    "Fold a frozen norm into the convolution before it."
+    scale,shift = norm.scale_and_shift()
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias = nn.Parameter(shift)
+
+@patch
+@torch.no_grad()
+def for_inference(self:VinvlDetector,
+    dtype:torch.dtype=torch.float32, # of the convolutions: float32 or bfloat16
+)->VinvlDetector: # itself, in evaluation mode
+    "Fold the norms into the convolutions and reorder the weights for speed; it cannot be saved or trained afterwards."
+    for parent in list(self.modules()):
+        for (_,conv),(name,norm) in pairwise(list(parent.named_children())):
+            if not isinstance(norm, FrozenNorm): continue
+            _fold(conv, norm)
+            parent.add_module(name, nn.Identity())
+    for part in (self.backbone, self.rpn["head"]["conv"], self.roi_heads["box"]["feature_extractor"]):
+        part.to(dtype=dtype, memory_format=torch.channels_last)
+    self.folded = True
+    return self.eval()
 
 # %% ../../nbs/data/14_vinvl.ipynb #5266ec98
 class VinvlImageProcessor(ImageProcessingMixin):
