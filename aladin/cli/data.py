@@ -45,6 +45,12 @@ def prepare(
     print(prepare_data(Path(out)/"scenes", Path(out)/"data", overwrite=force))
 
 # %% ../../nbs/cli/01_data.ipynb #0cbf585c
+def _opened(detector, **options):
+    "A detector by its name; see `open_detector`."
+    if detector.startswith("vinvl:"): importlib.import_module("aladin.data.vinvl") # registers it
+    from aladin.data.extract import open_detector
+    return open_detector(detector, **options)
+
 @command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out photo_data",
          "aladin extract --images photos --detector models/detr --captions captions.csv --out photo_data"
          " --dtype float16",
@@ -60,16 +66,27 @@ def extract_command(
     captions:File=None,
     threshold:Annotated[float, Option("SCORE", 0)]=.2, # lowest score of a box
     least:Annotated[int, Option("N", 0, 100_000)]=10, # fewest boxes of a picture, whatever their scores
-    most:Annotated[int, Option("N", 1, 100_000)]=50, # most boxes of a picture
+    most:Annotated[int|None, Option("N", 1, 100_000)]=None, # most boxes of a picture; 50 if not given, 100 for vinvl
+    # vinvl only: rule that selects its boxes: 1 for the published command, 2 for the released features; 1 if not given
+    filter:Literal["0", "1", "2"]|None=None,
+    regression:bool=False, # vinvl only: boxes that its head predicts, in place of the proposals
+    # vinvl only: compiled for its own operators, as the released features; torchvision for those that replaced them
+    operators:Literal["compiled", "torchvision"]|None=None,
+    # vinvl only: bfloat16 is twice as fast where the CPU or the GPU has it, and changes boxes and vectors a little
+    precision:Literal["float32", "bfloat16"]|None=None,
+    attribute_tags:bool=False, # vinvl only: tags such as "red ball", with the likeliest attribute
+    ignore_exif:bool=False, # do not turn pictures as their EXIF data says; the authors' tool does not
+    tsv:bool=False, # also write the regions as features.tsv and predictions.tsv, in tsv/ of the data folder
     dtype:Number="float32", # type of the stored region vectors
     batch_size:Annotated[int, Option("N", 1, 100_000)]=8, # number of pictures in a batch
     seed:Seed=0, # divides captioned pictures into splits
 ):
     "Find the regions of a folder of pictures with an object detector."
-    if detector.startswith("vinvl:"): importlib.import_module("aladin.data.vinvl") # registers it
-    from aladin.data.extract import extract, open_detector
-    found = open_detector(detector, threshold, least, most)
-    store = extract(images, found, out, captions, dtype, batch_size, seed)
+    found = _opened(detector, threshold=threshold, least=least, most=most, filter=filter and int(filter),
+                    regression=regression or None, operators=operators, precision=precision,
+                    attribute_tags=attribute_tags or None)
+    from aladin.data.extract import extract
+    store = extract(images, found, out, captions, dtype, batch_size, seed, upright=not ignore_exif, tsv=tsv)
     print(f"{out}: {len(store)} pictures, {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
 
 # %% ../../nbs/cli/01_data.ipynb #d104fb4e

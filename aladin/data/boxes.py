@@ -18,9 +18,10 @@ def resized_size(
     short:int=600, # length of the short side
     long:int=1000, # largest length of the long side
 )->tuple: # width and height of the detector's input
-    "The size to which the detector scales a picture."
+    "The size to which the detector scales a picture. Raises ValueError for one that is too narrow."
     small,large = min(width, height),max(width, height)
     if large/small*short > long: short = int(round(long*small/large))
+    if not short: raise ValueError(f"{width} x {height} pixels: too narrow for a long side of {long}")
     if small == short: return width,height
     other = int(short*large/small)
     return (short, other) if width < height else (other, short)

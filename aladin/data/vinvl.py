@@ -378,37 +378,58 @@ class VinvlRegions:
         threshold:float=.2, # score of a detection
         least:int=10, # number of detections that are kept whatever their scores
         most:int=100, # largest number of detections
+        filter:int=1, # rule of `select_detections`
+        regression:bool=False, # boxes that the head predicts, not those of the proposals
+        operators:str="compiled", # compiled: the detector's own; or torchvision: those that replaced them, see `nms`
+        precision:str="float32", # of the convolutions: float32 or bfloat16
+        attribute_tags:bool=False, # tags are "attribute class", such as "red ball", where there is an attribute
     ):
         if not (Path(folder)/"preprocessor_config.json").is_file():
             fix = "make it with aladin convert-detector"
             raise InputError(folder, "detector", "a folder of VinVL's detector", "none", fix)
         with quiet_transformers(): self.model = VinvlDetector.from_pretrained(folder, local_files_only=True)
         self.processor = VinvlImageProcessor.from_pretrained(folder, local_files_only=True)
-        self.model = self.model.eval().to(default_device())
         c = self.model.config
-        c.threshold,c.least,c.most = threshold,least,most
+        c.threshold,c.least,c.most,c.rule = threshold,least,most,filter
+        c.regression,c.pixels = regression,operators == "compiled"
+        self.attribute_names,self.attribute_tags = list(c.attribute_names),attribute_tags
+        self.fingerprint = self._digest(precision)
+        self.model = self.model.for_inference(getattr(torch, precision)).to(default_device())
 
-    @property
-    def fingerprint(self)->str: # 16 hexadecimal digits
-        "A digest of the weights and of what decides the regions."
+    def _digest(self, precision):
+        "A digest of the weights and of what decides the regions, 16 hexadecimal digits."
         c,p = self.model.config,self.processor
-        digest = hashlib.sha256(repr((sorted(c.to_diff_dict().items()), p.short, p.long, p.mean)).encode())
+        about = [sorted(c.to_diff_dict().items()), p.short, p.long, p.mean, precision, self.attribute_tags]
+        digest = hashlib.sha256(repr(about).encode())
         hash_weights(digest, self.model)
         return digest.hexdigest()[:16]
 
-    def __call__(self,
-        pictures:list, # PIL images, RGB
-    )->list: # of dicts: rects [boxes, 4] in pixels, confidences [boxes], classes [boxes], vectors [boxes, 2054]
-        "The regions of some pictures, one by one: in a batch, padding would change them."
-        return [self._one(picture) for picture in pictures]
 
-    def _one(self, picture):
-        "The regions of one picture."
-        pixels,sizes = self.processor([picture])
-        found, = self.model.detect(pixels.to(self.model.device), sizes)
-        scale = np.array([*picture.size]*2, np.float32)/np.array([*sizes[0]]*2, np.float32)
-        rects = found.boxes.cpu().numpy()*scale
-        vectors = np.concatenate([found.features.cpu().numpy(), box_geometry(rects, picture.size)], 1)
-        names = [self.model.config.class_names[label - 1] for label in found.labels.tolist()]
-        return dict(rects=rects.astype(np.float32), confidences=found.scores.cpu().numpy(), classes=names,
-                    vectors=vectors.astype(np.float32))
+# %% ../../nbs/data/14_vinvl.ipynb #7c3f1903
+@patch
+def __call__(self:VinvlRegions,
+    pictures:list, # PIL images, RGB
+)->list: # of dicts: rects [boxes, 4] in pixels, confidences [boxes], classes [boxes], vectors [boxes, 2054], attributes
+    "The regions of some pictures; those of equal size are computed together."
+    inputs,found = [self.processor([picture]) for picture in pictures],[None]*len(pictures)
+    for size in {tuple(sizes[0]) for _,sizes in inputs}:
+        rows = [n for n,(_,sizes) in enumerate(inputs) if tuple(sizes[0]) == size]
+        pixels = torch.cat([inputs[n][0] for n in rows]).to(self.model.device)
+        for n,regions in zip(rows, self.model.detect(pixels, [size]*len(rows))):
+            found[n] = self._as_dict(pictures[n], size, regions)
+    return found
+
+@patch
+def _as_dict(self:VinvlRegions, picture, size, found):
+    "The detections of one picture with boxes in its own pixels; `size` is that of the detector's input."
+    scale = np.array([*picture.size]*2, np.float32)/np.array([*size]*2, np.float32)
+    rects = (found.boxes.cpu().numpy()*scale).astype(np.float32)
+    vectors = np.concatenate([found.features.cpu().numpy(), box_geometry(rects, picture.size)], 1)
+    classes = [self.model.config.class_names[label - 1] for label in found.labels.tolist()]
+    scores = found.attribute_scores.cpu().numpy()
+    codes = np.where(scores > 0, found.attributes.cpu().numpy() - 1, -1).astype(np.int32)
+    if self.attribute_tags:
+        best = [f"{self.attribute_names[code]} " if code >= 0 else "" for code in codes[:, 0].tolist()]
+        classes = [attribute + name for attribute,name in zip(best, classes)]
+    return dict(rects=rects, confidences=found.scores.cpu().numpy(), classes=classes,
+                vectors=vectors.astype(np.float32), attribute_codes=codes, attribute_scores=scores)
