@@ -62,7 +62,9 @@ def as_rgb(
     if deep or picture.mode in ("I", "F"):
         picture = Image.fromarray(_deep_grey(np.asarray(picture), picture.mode != "F", of_16_bits))
     if "transparency" in picture.info: picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    rgb = picture.convert("RGB")
+    rgb.info.pop("exif", None) # the orientation has been dealt with
+    return rgb
 
 # %% ../../nbs/data/01_pictures.ipynb #1ee5e0be
 def open_picture(

@@ -15,7 +15,7 @@ from PIL import Image
 
 import aladin
 from ..files import atomic_write, describe_format, InputError
-from ..data.pictures import data_url, Pictures, thumbnail
+from ..data.pictures import data_url, Pictures
 from ..model.alignment import Alignment, contributions
 
 # %% ../../nbs/search/03_page.ipynb #50e44ada
