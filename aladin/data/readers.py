@@ -84,8 +84,11 @@ def take(self:Notes)->dict: # what -> [count, places]
 @patch
 def lines(self:Notes)->list: # strings
     "One line for each kind."
-    def shown(places, count): return f" ({', '.join(places)}{' ...' if count > len(places) else ''})" if places else ""
-    return [f"{what}: {count:,}{shown(places, count)}" for what, (count, places) in self._kept.items()]
+    found = []
+    for what, (count, places) in self._kept.items():
+        number = f": {count:,}" if places or count > 1 else ""
+        found.append(f"{what}{number}" + (f" (first: {', '.join(places)})" if places else ""))
+    return found
 
 # %% ../../nbs/data/15_readers.ipynb #5213ef0d
 _ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|npz|npy)$", re.IGNORECASE)
