@@ -24,6 +24,7 @@ from ..device import evaluating, hash_weights
 from ..config import Aggregation, allowed_values
 from ..data.ragged import Ragged, read_ahead, READERS
 from ..data.splits import RetrievalSet
+from ..model.configuration import report_inputs
 from ..model.model import AladinModel
 
 # %% ../../nbs/evaluation/00_embeddings.ipynb #54da6ccd
@@ -98,6 +99,7 @@ class _Encoding:
             expected = f"{c.region_dim}, as the model was trained with"
             fix = "use the features of the model's data set"
             raise InputError("regions", "feature width", expected, str(data.regions.dim), fix)
+        report_inputs(c, data.regions)
         self.model = model
         self.data = data
         self.batch_size = batch_size
