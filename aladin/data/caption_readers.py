@@ -250,8 +250,10 @@ class CaptionTable(CaptionReader):
         "The rows of a CSV without quotes. Raises `error` for any other file."
         head, *lines = read_text(self.path).removesuffix("\n").split("\n")
         rows = [re.fullmatch(r"(.+?\.(?:jpe?g|png)),(.*)", line, re.IGNORECASE) for line in lines]
-        if head.strip() != "image,caption" or not all(rows) or any(r[2][:1] == '"' for r in rows): raise error
-        self.notes.add("rows with unquoted commas", f"line {2 + next(i for i, r in enumerate(rows) if ',' in r[2])}")
+        commas = [n for n, r in enumerate(rows, 2) if r and "," in r[2]]
+        plain = head.strip() == "image,caption" and all(rows) and not any(r[2][:1] == '"' for r in rows)
+        if not plain or not commas: raise error
+        self.notes.add("rows with unquoted commas", f"line {commas[0]}", len(commas))
         found = {}
         for r in rows: found.setdefault(r[1], dict(captions=[], split=None))["captions"].append(r[2])
         return found
@@ -351,6 +353,7 @@ def _file_batches(file):
 def _batch_rows(pa, batch, roots):
     "The rows of one batch; of a struct `image` only its path."
     columns = {name: batch.column(name) for name in batch.schema.names if name in roots}
+    for column in columns.values(): column.validate(full=True) # offsets of a damaged file can lead out of the memory
     image = columns.pop("image", None)
     if image is not None and pa.types.is_struct(image.type) and image.type.get_field_index("path") >= 0:
         columns["image.path"] = image.field("path")

@@ -23,10 +23,10 @@ def _files_of(path, endings):
     if path.is_file(): return [path]
     return sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file())
 
-# %% ../../nbs/data/17_container_readers.ipynb #d20c8722
+# %% ../../nbs/data/17_container_readers.ipynb #01f7d6be
 class _TsvReader(FeatureReader):
     "Region features in rows of a table without a header."
-    columns = 0 # number of columns
+    columns, numbers = 0, () # number of columns, and those with whole numbers
 
     def __init__(self, path, notes):
         super().__init__(path, notes)
@@ -55,7 +55,10 @@ class _TsvReader(FeatureReader):
         return cls._fits_row(_first_line(files[0]).split(b"\t")) if files else ""
 
     @classmethod
-    def _fits_row(cls, cells): return f"its rows have {cls.columns} columns" if len(cells) == cls.columns else ""
+    def _fits_row(cls, cells):
+        "Whether a row has the right number of columns, with whole numbers where they belong."
+        numbers = len(cells) == cls.columns and all(cells[i].strip().isdigit() for i in cls.numbers)
+        return f"its rows have {cls.columns} columns" if numbers else ""
 
 # %% ../../nbs/data/17_container_readers.ipynb #bde5cd31
 def _text(data):
@@ -116,7 +119,7 @@ def _count(cell):
 @feature_reader("bottom-up")
 class BottomUp(_TsvReader):
     "Bottom-up attention: TSV of image_id, image_w, image_h, num_boxes, boxes, features."
-    columns = 6
+    columns, numbers = 6, (1, 2, 3)
 
     def _features(self, cells):
         width, height, count = int(cells[1]), int(cells[2]), _count(cells[3])
@@ -129,7 +132,7 @@ class Lxmert(_TsvReader):
     """LXMERT: TSV of img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes, boxes, features.
 
     Height stands before width; objects_id are int64."""
-    columns = 10
+    columns, numbers = 10, (1, 2, 7)
 
     def _features(self, cells):
         height, width, count = int(cells[1]), int(cells[2]), _count(cells[7])
@@ -145,7 +148,7 @@ class _Hdf5Reader(FeatureReader):
         super().__init__(path, notes)
         self._paths = _files_of(self.path, _HDF5)
         self._at, self._files = {}, [_open_hdf5(p) for p in self._paths] # image id -> where it is
-        for number, file in enumerate(self._files): self._list(number, file)
+        for number, file in enumerate(self._files): self._list(number, file, _names(file))
         self.ids = list(self._at)
 
     def files(self): return self._paths
@@ -154,7 +157,7 @@ class _Hdf5Reader(FeatureReader):
     def fits(cls, path):
         files = _files_of(path, _HDF5) if path.is_file() or path.is_dir() else []
         if not files or not _is_hdf5(files[0]): return ""
-        with _open_hdf5(files[0]) as f: return cls._fits_names(f)
+        with _open_hdf5(files[0]) as f: return cls._fits_names(f, _names(f))
 
     def _add(self, image, place):
         "Register an image. Raises `InputError` for one that is there already."
@@ -189,12 +192,17 @@ def _member(group, name):
         raise InputError(path, where, "HDF5", f"{type(e).__name__}: {e}", "copy the file again") from None
     if inside: return found
     raise InputError(path, where, "numbers in the file itself", "a link", "store the numbers in this file")
+def _names(group):
+    "The names of the members of a group, without following links."
+    try: return list(group)
+    except Exception as e: # of several types for a damaged file
+        raise InputError(group.file.filename, group.name, "HDF5", f"{type(e).__name__}: {e}", "copy it again") from None
 
 # %% ../../nbs/data/17_container_readers.ipynb #e3a6e9b2
 def _values(dataset, start=None, stop=None):
     "Rows of a dataset, or all of it. Raises `InputError` for anything but numbers."
     path, where = dataset.file.filename, dataset.name
-    if not hasattr(dataset, "dtype") or dataset.dtype.kind not in "fiub":
+    if not hasattr(dataset, "dtype") or dataset.dtype.kind not in "fiub": # a group, or texts
         raise InputError(path, where, "numbers", "something else", "store it as numbers")
     try: return dataset[()] if start is None else dataset[start:stop]
     except Exception as e: # of several types for a damaged file
@@ -224,7 +232,7 @@ def _row_ids(path):
 # %% ../../nbs/data/17_container_readers.ipynb #90708d15
 class _RowsHdf5(_Hdf5Reader):
     "Large datasets with the rows of all images."
-    def _list(self, number, file):
+    def _list(self, number, file, names):
         rows = _row_ids(self._paths[number])
         count = len(_need_member(file, self._table(file)))
         for image, row in sorted(rows.items(), key=lambda item: item[1]):
@@ -261,8 +269,8 @@ class FixedHdf5(_RowsHdf5):
     def _table(file): return "image_features"
 
     @staticmethod
-    def _fits_names(file):
-        return "it has image_features and image_bb" if "image_bb" in file and "pos_boxes" not in file else ""
+    def _fits_names(file, names):
+        return "it has image_features and image_bb" if "image_bb" in names and "pos_boxes" not in names else ""
 
     def read(self, image):
         number, row = self._at[image]
@@ -275,7 +283,7 @@ class AdaptiveHdf5(_RowsHdf5):
     def _table(file): return "pos_boxes"
 
     @staticmethod
-    def _fits_names(file): return "it has pos_boxes" if "pos_boxes" in file else ""
+    def _fits_names(file, names): return "it has pos_boxes" if "pos_boxes" in names else ""
 
     def read(self, image):
         number, row = self._at[image]
@@ -288,13 +296,13 @@ class AdaptiveHdf5(_RowsHdf5):
 @feature_reader("hdf5-m2")
 class M2Hdf5(_Hdf5Reader):
     "HDF5 with a dataset ID_features for each image, and ID_boxes."
-    def _list(self, number, file):
-        for name in file:
+    def _list(self, number, file, names):
+        for name in names:
             if name.endswith("_features"): self._add(name.removesuffix("_features"), number)
 
     @staticmethod
-    def _fits_names(file):
-        found = next((n for n in file if re.fullmatch(r".*\d_features", n)), None)
+    def _fits_names(file, names):
+        found = next((n for n in names if re.fullmatch(r".*\d_features", n)), None)
         return f"it has {found}" if found else ""
 
     def read(self, image):
@@ -307,15 +315,14 @@ class M2Hdf5(_Hdf5Reader):
 @feature_reader("hdf5-volta")
 class VoltaHdf5(_Hdf5Reader):
     "HDF5 with a group for each image: features, boxes, img_w, img_h, obj_id, obj_conf."
-    def _list(self, number, file):
-        for name in file: self._add(name, number)
+    def _list(self, number, file, names):
+        for name in names: self._add(name, number)
 
     @staticmethod
-    def _fits_names(file):
-        import h5py
-        first = next(iter(file), None)
-        is_group = first is not None and file.get(first, getclass=True, getlink=False) is h5py.Group
-        return f"it has a group {first} with boxes" if is_group and "boxes" in file[first] else ""
+    def _fits_names(file, names):
+        first = _member(file, names[0]) if names else None
+        is_group = first is not None and not hasattr(first, "dtype")
+        return f"it has a group {names[0]} with boxes" if is_group and "boxes" in _names(first) else ""
 
     def read(self, image):
         group = _need_member(self._files[self._at[image]], image)

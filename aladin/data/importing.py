@@ -346,7 +346,7 @@ class _Import:
 
     def parts(self):
         "The images in groups."
-        images = list(self.plan.images.items())
+        images = list(self.plan.images.items()) if self.maker else []
         return [dict(images[at:at + _PART]) for at in range(0, len(images), _PART)]
 
 # %% ../../nbs/data/21_importing.ipynb #bdf91dc9

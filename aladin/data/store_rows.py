@@ -28,7 +28,7 @@ class StoredImage:
 # %% ../../nbs/data/20_store_rows.ipynb #667c6ba3
 def _unpadded(vectors, where, refuse, notes):
     "How many rows there are without padding. Raises `InputError` for rows of zeros in the middle, or nothing else."
-    some = vectors.any(1)
+    with np.errstate(invalid="ignore"): some = vectors.any(1) # NaN is reported later
     if some.all(): return len(vectors)
     count = int(np.flatnonzero(some)[-1]) + 1 if some.any() else 0
     if not count or not some[:count].all():
