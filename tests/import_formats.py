@@ -177,7 +177,7 @@ def write_hdf5_volta(path, of):
 
 def write_database(path, values):
     import lmdb
-    with lmdb.open(str(path), map_size=1 << 24, lock=False) as env, env.begin(write=True) as t:
+    with lmdb.open(str(path), map_size=1 << 22, lock=False, sync=False) as env, env.begin(write=True) as t:
         for k, v in values.items(): t.put(k.encode(), v)
     return path
 

@@ -568,6 +568,24 @@ def test_changed_values_of_lmdb(layout, tmp_path):
         except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
 
 
+@pytest.mark.parametrize("layout", ["lmdb-vilbert", "lmdb-volta", "mmf"])
+def test_values_of_other_types(layout, tmp_path):
+    "Every entry of a pickled dict replaced by something else."
+    odd = [None, "x", b"x", [], {}, -1, 10**30, float("nan"), [[1, 2], [3]], np.zeros(0), np.zeros((2, 2)), np.array(["x"]), True]
+    value = formats.volta_value(OF[0]) if layout == "lmdb-volta" else formats.vilbert_value(OF[0])
+    about = dict(bbox=OF[0].boxes, num_boxes=5, objects=OF[0].classes, image_width=9, image_height=9)
+    np.save(tmp_path/"a.npy", OF[0].vectors)
+    for key in (about if layout == "mmf" else value):
+        for n, o in enumerate([*odd, "missing"]):
+            changed = {k: v for k, v in (about if layout == "mmf" else value).items() if k != key} | ({} if n == len(odd) else {key: o})
+            source = tmp_path
+            if layout == "mmf": np.save(tmp_path/"a_info.npy", changed, allow_pickle=True)
+            else: source = formats.write_database(tmp_path/f"{key}{n}", {"a": pickle.dumps(changed), "keys": pickle.dumps([b"a"])})
+            for boxes in (True, False):
+                try: run(source, None, boxes=boxes, format="mmf" if layout == "mmf" else "lmdb-pickle")
+                except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
+
+
 # Resuming, the command, and what follows
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import InputError, read_json
-from aladin.data.readers import (
-    ArrayFile, feature_reader, FeatureReader, ImageCaptions, ImageFeatures, npz_names, read_array, read_lines, read_npz,
-    read_objects, stem)
+from .readers import (
+    ArrayFile, feature_reader, FeatureReader, ImageCaptions, ImageFeatures, npz_names, number_array, picture_size,
+    read_array, read_lines, read_npz, read_objects, stem)
 
 # %% ../../nbs/data/16_array_readers.ipynb #62666ac8
 _EACH = 5 # captions of each image
@@ -79,9 +79,8 @@ def read(self:_Split, image, row):
 
 def _size(about):
     "Width and height from a dict of image_w and image_h, or of image_width and image_height; None without them."
-    pairs = (("image_w", "image_h"), ("image_width", "image_height"))
-    sides = next(([about[k] for k in pair] for pair in pairs if all(k in about for k in pair)), None)
-    return None if sides is None else tuple(int(np.asarray(side).reshape(-1)[0]) for side in sides)
+    return picture_size(*(about.get(f"image_{short}", about.get(f"image_{long}"))
+                          for short, long in (("w", "width"), ("h", "height"))))
 
 # %% ../../nbs/data/16_array_readers.ipynb #c727aa69
 @feature_reader("precomp")
@@ -300,7 +299,10 @@ class Mmf(FeatureReader):
         if len(about) != 1 or "bbox" not in about[0]:
             raise InputError(path, "content", "one dict with bbox", f"{len(about)} values", "copy the file again")
         about, vectors = about[0], read_array(self.path/f"{image}.npy", 2)
-        return mmf_features(about, vectors, path)
+        try: return mmf_features(about, vectors, path)
+        except ValueError as e:
+            if isinstance(e, InputError): raise
+            raise InputError(path, "bbox", "boxes", e, "copy the file again") from None
 
 # %% ../../nbs/data/16_array_readers.ipynb #6fa4987b
 def mmf_features(
@@ -308,16 +310,17 @@ def mmf_features(
     vectors:np.ndarray, # [rows, dim], padded
     path, # the file, for messages
 )->ImageFeatures:
-    "The regions of one image of MMF, without padding. Raises `InputError` for a count that does not fit."
-    boxes, classes = np.asarray(about["bbox"]), about.get("objects")
-    count = about.get("num_boxes", len(boxes))
-    count = int(np.asarray(count).reshape(-1)[0])
-    if not 0 < count <= min(len(vectors), len(boxes)):
-        found = f"{len(vectors)} vectors and {len(boxes)} boxes"
+    """The regions of one image of MMF, without padding.
+
+    Raises `InputError` for a count that does not fit, and ValueError for boxes that are no numbers."""
+    boxes, classes = number_array(about["bbox"]), about.get("objects")
+    rows = len(boxes) if boxes.ndim == 2 else 0
+    count, _ = picture_size(about.get("num_boxes", rows), 0) or (0, 0)
+    if not 0 < count <= min(len(vectors), rows):
+        found = f"{len(vectors)} vectors and {rows} boxes"
         raise InputError(path, "num_boxes", f"at least {count} rows", found, "copy the files again")
-    if classes is not None:
-        classes = np.asarray(classes).reshape(-1)[:count]
-        if classes.dtype.kind not in "iu": classes = None
+    is_list = isinstance(classes, np.ndarray) and classes.ndim == 1 and classes.dtype.kind in "iu"
+    classes = classes[:count] if is_list else None
     return ImageFeatures(vectors[:count], boxes[:count], size=_size(about), classes=classes)
 
 # %% ../../nbs/data/16_array_readers.ipynb #f953901a

@@ -243,7 +243,8 @@ class CaptionTable(CaptionReader):
         try: table = read_caption_file(self.path)
         except InputError as e: table = self._unquoted(e)
         for name, o in table.items():
-            for text in o["captions"]: found.add(f"image {name}", image_id(name), text, name=name, split=o["split"])
+            about = dict(name=name, split=o["split"], part=self.path.stem)
+            for text in o["captions"]: found.add(f"image {name}", image_id(name), text, **about)
         return found.images()
 
     def _unquoted(self, error):

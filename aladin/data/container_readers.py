@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from ..files import InputError
 from .array_readers import mmf_features, uniter_features
 from .detections import plain_unpickle
-from .readers import feature_reader, FeatureReader, ImageFeatures, need_package, read_npz, stem
+from aladin.data.readers import (
+    feature_reader, FeatureReader, ImageFeatures, need_package, number_array, picture_size,
+    read_npz, stem)
 
 # %% ../../nbs/data/17_container_readers.ipynb #944c3c40
 def _files_of(path, endings):
@@ -336,12 +338,11 @@ class VoltaHdf5(_Hdf5Reader):
 def volta_features(
     found:dict, # features, boxes, img_w, img_h, obj_id, obj_conf
 )->ImageFeatures:
-    "The regions of one image of volta."
-    sides = [found.get(name) for name in ("img_w", "img_h")]
-    size = None if any(s is None for s in sides) else tuple(int(np.asarray(s).reshape(-1)[0]) for s in sides)
-    classes = found.get("obj_id")
-    if classes is not None and np.asarray(classes).dtype.kind not in "iu": classes = None
-    return ImageFeatures(np.asarray(found["features"]), np.asarray(found["boxes"]), size=size, classes=classes,
+    "The regions of one image of volta. Raises ValueError for features or boxes that are no numbers."
+    size, classes = picture_size(found.get("img_w"), found.get("img_h")), found.get("obj_id")
+    is_list = isinstance(classes, np.ndarray) and classes.ndim == 1 and classes.dtype.kind in "iu"
+    if not is_list: classes = None
+    return ImageFeatures(number_array(found["features"]), number_array(found["boxes"]), size=size, classes=classes,
                          confidences=found.get("obj_conf"))
 
 # %% ../../nbs/data/17_container_readers.ipynb #5427ee5b
@@ -463,16 +464,17 @@ class PickleLmdb(_LmdbReader):
         if not isinstance(found, dict) or "features" not in found:
             raise self.refuse(where, "a dict with features", found)
         try: return _from_dict(found, self.path)
-        except (binascii.Error, ValueError, TypeError, KeyError) as e:
+        except (binascii.Error, ValueError, TypeError, KeyError, OverflowError) as e:
+            if isinstance(e, InputError): raise
             raise self.refuse(where, "features, boxes and sizes", f"{type(e).__name__}: {e}") from None
 
 # %% ../../nbs/data/17_container_readers.ipynb #e15f12e4
 def _from_dict(found, path):
     "The regions of one image from a dict of ViLBERT, volta or MMF."
-    if "bbox" in found: return mmf_features(found, np.asarray(found["features"]), path)
+    if "bbox" in found: return mmf_features(found, number_array(found["features"]), path)
     renamed = {"img_w": found.get("img_w", found.get("image_w")), "img_h": found.get("img_h", found.get("image_h"))}
     if isinstance(found["features"], (bytes, str)):
-        count = int(found["num_boxes"])
+        count = _count(found["num_boxes"])
         decoded = {name: _numbers(found[name], "<f4", count) for name in ("features", "boxes")}
         return volta_features(decoded | renamed)
     return volta_features(found | renamed)

@@ -229,6 +229,7 @@ class _Rows:
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.maker, self.path = work, maker, work/"regions.npy"
         self.counts, self.digest = [], hashlib.sha256()
+        if self.path.exists() and self.path.stat().st_nlink > 1: self.path.unlink() # a complete store has it too
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")
         self._header()
         self._start = self._file.tell()
@@ -288,8 +289,8 @@ def write(self:_Rows, number, images, read):
 # %% ../../nbs/data/21_importing.ipynb #b450a3ec
 class _Imported(Regions):
     "What has been written, as `finish_store` needs it."
-    def __init__(self, path, parts, maker, fingerprint):
-        self.path, self.dim, self.fingerprint = Path(path), maker.dim, fingerprint
+    def __init__(self, path, parts, maker, digest):
+        self.path, self.dim = Path(path), maker.dim
         self.ids = [i for about, _ in parts for i in about["ids"]]
         classes = [names for about, _ in parts for names in about["classes"]]
         numbers = {}
@@ -300,6 +301,9 @@ class _Imported(Regions):
         check_detections(self.detections)
         self._index = self.detections._index
         self.has_boxes, self.has_tags = maker.has_boxes, bool(numbers)
+        about = hashlib.sha256(json.dumps([self.ids, list(numbers), counts.tolist(), digest]).encode())
+        for a in self.detections.arrays().values(): about.update(np.ascontiguousarray(a))
+        self.fingerprint = about.hexdigest()[:16]
 
 # %% ../../nbs/data/21_importing.ipynb #4ed08acc
 def _maker(sources, plan, options):
@@ -390,7 +394,7 @@ def write(self:_Import, out, progress)->dict:
                 bar.update(len(images))
         rows.close()
     for about, _ in parts: self.notes.update(about["notes"])
-    source = _Imported(work, parts, self.maker, work.name.split(".")[-2]) if parts else None
+    source = _Imported(work, parts, self.maker, rows.digest.hexdigest()) if parts else None
     summary = self.summary(rows.counts if rows else [], bool(source and source.has_tags))
     with atomic_dir(out) as part:
         if source: self._write_store(source, rows, part/"regions")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEATURE_READERS', 'CAPTION_READERS', 'ImageFeatures', 'ImageCaptions', 'Notes', 'stem', 'coco_number', 'image_id',
            'Reader', 'FeatureReader', 'CaptionReader', 'feature_reader', 'caption_reader', 'detect', 'need_package',
-           'ArrayFile', 'read_array', 'read_npz', 'npz_names', 'read_objects', 'read_lines', 'file_digest',
-           'source_digest']
+           'ArrayFile', 'read_array', 'read_npz', 'npz_names', 'read_objects', 'picture_size', 'number_array',
+           'read_lines', 'file_digest', 'source_digest']
 
 # %% ../../nbs/data/15_readers.ipynb #8cf62b87
 import hashlib, importlib, io, json, os, re, zipfile
@@ -340,6 +340,24 @@ def read_objects(
     wrong = next((i for i, v in enumerate(values) if not isinstance(v, dict)), None)
     if wrong is None: return values
     raise InputError(path, f"element {wrong}", "a dict", type(values[wrong]).__name__, "copy the file again")
+
+# %% ../../nbs/data/15_readers.ipynb #5a4a77cc
+def picture_size(
+    width, # a number, an array of one number, or anything else
+    height, # likewise
+)->tuple|None: # width and height in pixels; None where one of them is no number
+    "The size of a picture as two whole numbers."
+    try: return tuple(int(np.asarray(side).reshape(-1)[0]) for side in (width, height))
+    except (TypeError, ValueError, IndexError, OverflowError): return None
+
+# %% ../../nbs/data/15_readers.ipynb #04193158
+def number_array(
+    values, # an array, nested lists of numbers, or anything else
+)->np.ndarray: # of its own type if it is an array of numbers, else float32
+    "Values as an array of numbers. Raises ValueError where they are not."
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub": return values
+    try: return np.asarray(values, np.float32)
+    except (TypeError, ValueError, OverflowError) as e: raise ValueError(str(e)) from None
 
 # %% ../../nbs/data/15_readers.ipynb #857838fa
 def read_lines(

@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import InputError
-from .readers import ImageFeatures, Notes, read_lines
+from .readers import ImageFeatures, Notes, number_array, read_lines
 from .regions import box_geometry
 
 # %% ../../nbs/data/20_store_rows.ipynb #dcb07433
@@ -57,10 +57,15 @@ def _check_boxes(relative, where, refuse, size):
         if turned.max() <= 1.001: found += "; all boxes fit if width and height are exchanged"
     raise refuse(f"{where}, box {row}", "a box inside the picture", found)
 
-# %% ../../nbs/data/20_store_rows.ipynb #a947e97c
+# %% ../../nbs/data/20_store_rows.ipynb #4e4c2a1d
+def _numbers(values, where, refuse):
+    "An array of float32. Raises `InputError` for values that are no numbers."
+    try: return number_array(values).astype(np.float32, copy=False)
+    except ValueError as e: raise refuse(where, "numbers", e) from None
+
 def _box_rows(features, size, where, refuse):
     "Six box numbers and the boxes x1 y1 x2 y2, in pixels or, where the size is not known, relative."
-    boxes = np.asarray(features.boxes, np.float32)
+    boxes = _numbers(features.boxes, where, refuse)
     if boxes.ndim != 2 or boxes.shape[1] != 4: raise refuse(where, "boxes [regions, 4]", f"the shape {boxes.shape}")
     if len(boxes) < len(features.vectors):
         raise refuse(where, f"{len(features.vectors)} boxes, one a vector", len(boxes))
@@ -104,7 +109,8 @@ class RowMaker:
         self.path, self.notes = path, notes
         self.dtype, self.classes = np.dtype(dtype), classes
         self.has_boxes = boxes and first.boxes is not None
-        self.dim = np.shape(first.vectors)[-1] + 6
+        if first.vectors.ndim != 2: raise self.refuse("first image", "vectors [regions, dim]", first.vectors.shape)
+        self.dim = first.vectors.shape[1] + 6
         self.has_tags = False # set when an image has class names
         if first.boxes is None: notes.add("no boxes in the source: six zeros in their place")
         elif not boxes: notes.add("boxes left out, as --no-boxes says: six zeros in their place")
@@ -142,7 +148,6 @@ def __call__(self:RowMaker,
 @patch
 def _checked(self:RowMaker, where, vectors):
     "Vectors of the expected width. Raises `InputError` for any other array."
-    vectors = np.asarray(vectors)
     if vectors.ndim != 2 or vectors.dtype.kind != "f" or vectors.shape[1] != self.dim - 6 or not len(vectors):
         found = f"{vectors.dtype} of the shape {vectors.shape}"
         raise self.refuse(where, f"floating-point vectors [regions, {self.dim - 6}], as in the first image", found)
@@ -160,6 +165,7 @@ def _tags(self:RowMaker, where, features, rects, count):
     self.has_tags, names = True, list(names)[:count]
     rects = np.zeros((len(names), 4), np.float32) if rects is None or len(names) > len(rects) else rects[:len(names)]
     confidences = np.ones(len(names), np.float32)
-    if features.confidences is not None and len(features.confidences) >= len(names):
-        confidences = np.asarray(features.confidences, np.float32).reshape(-1)[:len(names)]
+    if features.confidences is not None:
+        given = _numbers(features.confidences, where, self.refuse).reshape(-1)[:len(names)]
+        if len(given) == len(names) and np.isfinite(given).all(): confidences = given
     return rects, confidences, names
