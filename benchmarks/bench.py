@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from aladin.config import DataSettings
@@ -27,6 +28,10 @@ from aladin.data.ragged import Ragged
 from aladin.data.processor import AladinProcessor
 from aladin.data.splits import RetrievalSet
 from aladin.data.clip import ClipReader, clip_tokens, make_clip, tag_sentences
+from aladin.data.boxes import box_iou
+from aladin.data.pictures import open_picture
+from aladin.data.selection import select_detections
+from aladin.data.vinvl import VinvlConfig, VinvlDetector, VinvlImageProcessor
 from aladin.evaluation.embeddings import Embeddings, encode_split
 from aladin.evaluation.metrics import retrieval_ranks
 from aladin.evaluation.entangled import EntangledScorer
@@ -359,6 +364,93 @@ def importing(images):
                 megabytes_a_second=megabytes/found["seconds"], peak_mib=found["peak_mib"])
 
 
+def sampled(features, box, cells=14, scale=1/16):
+    "ROIAlign of one box from its definition: the mean of bilinear samples, as many a cell as it has map cells."
+    height,width = features.shape[2:]
+    def axis(low, high, extent):
+        length = max((high - low)*scale, 1.)
+        points = int(np.ceil(length/cells))
+        at = low*scale + (torch.arange(cells*points) + .5)*length/(cells*points)
+        return at.clamp(0, extent - 1),points
+    x1,y1,x2,y2 = box.tolist()
+    (y,across),(x,along) = axis(y1, y2, height),axis(x1, x2, width)
+    grid = torch.stack(torch.meshgrid(x/(width - 1)*2 - 1, y/(height - 1)*2 - 1, indexing="xy"), -1)[None]
+    return F.avg_pool2d(F.grid_sample(features, grid, align_corners=True), (across, along))
+
+
+def plain_detection(model, pixels, size):
+    "One picture from the definition: norms apart, one box at a time, attributes from boxes pooled again."
+    features,head,layer4 = model.backbone["body"](pixels),model.roi_heads["box"]["predictor"],model.roi_heads["box"]["feature_extractor"]["head"]["layer4"]
+    def pooled(boxes): return torch.cat([layer4(sampled(features, box)).mean((2, 3)) for box in boxes])
+    proposals = model.propose(features, size)
+    vectors = pooled(proposals)
+    found = select_detections(head["cls_score"](vectors), None, proposals, size)
+    return found,model.attributes_of(pooled(found.boxes), found.labels)
+
+
+def full_detector(seed=0):
+    "VinVL's detector at its published size, with random weights."
+    torch.manual_seed(seed)
+    return VinvlDetector(VinvlConfig(class_names=[str(i) for i in range(1594)], attribute_names=[str(i) for i in range(524)])).eval()
+
+
+def found_again(ours, theirs):
+    "Share of some boxes that have one of the others at an intersection over union of at least 0.9."
+    return (box_iou(ours.boxes, theirs.boxes).max(1).values >= .9).float().mean().item()
+
+
+@torch.no_grad()
+def detector(width=640, height=480):
+    "Regions of one photograph, from the JPEG to the detections, against the same from the definition."
+    with tempfile.TemporaryDirectory() as d:
+        small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8))
+        small.resize((width, height), Image.Resampling.BICUBIC).save(Path(d)/"photo.jpg")
+        processor = VinvlImageProcessor()
+        def inputs(): return processor([open_picture(Path(d)/"photo.jpg")])
+        model = full_detector()
+        def plain(): pixels,sizes = inputs(); return plain_detection(model, pixels, sizes[0])
+        first,(size,) = processor([small.resize((64, 48))])
+        plain_detection(model, first, size)
+        reference,(expected,_) = once(plain)
+        model,rows,found = model.for_inference(),{},{}
+        peaks = matmul_peaks()
+        def whole(): return model.detect(*inputs())[0]
+        operations = flop(whole)
+        rows["float32"],found["float32"] = timed(whole, least=20, most=3)
+        memory = peak_memory()
+        pixels,sizes = inputs()
+        def of_proposals(model, dtype): # the same boxes, so that the features can be compared
+            return model.pooled(model.backbone["body"](pixels.to(dtype)), boxes)
+        boxes = model.propose(model.backbone["body"](pixels), sizes[0])
+        exact = of_proposals(model, torch.float32)
+        model = full_detector().for_inference(torch.bfloat16)
+        rows["bfloat16"],found["bfloat16"] = timed(whole, least=20, most=3)
+        rounded = of_proposals(model, torch.bfloat16)
+        peaks = matmul_peaks(peaks)
+    return dict(work=f"VinVL's detector on a photograph of {width} x {height}", reference=reference, ours=rows["float32"], ratio=reference/rows["float32"], share_of_peak=operations/rows["float32"]/peaks["float32"],
+                bfloat16=rows["bfloat16"], bfloat16_ratio=reference/rows["bfloat16"], bfloat16_share_of_peak=operations/rows["bfloat16"]/peaks["bfloat16"], tflop=operations/1e12, process_mib=memory,
+                peak_gflops={k: v/1e9 for k,v in peaks.items()}, detections=len(expected.boxes), equal=bool(len(expected.boxes) == len(found["float32"].boxes) and found_again(found["float32"], expected) == 1),
+                bfloat16_boxes=found_again(found["bfloat16"], found["float32"]), bfloat16_features=((rounded - exact).norm()/exact.norm()).item())
+
+
+@torch.no_grad()
+def detector_gpu():
+    "The same on a GPU, eight pictures of one size a batch, without reading them."
+    if not torch.cuda.is_available(): return dict(work="detector on a GPU", note="no GPU here")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    out = dict(work="VinVL's detector on 8 pictures of 800 x 600, on the GPU", gpu=torch.cuda.get_device_name())
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        model,pixels = full_detector().for_inference(dtype).to("cuda"),torch.randn(8, 3, 600, 800, device="cuda")*50
+        def whole():
+            model.detect(pixels, [(800, 600)]*8)
+            torch.cuda.synchronize()
+        seconds,_ = timed(whole, least=5, most=5)
+        out |= {name: seconds, f"{name}_share_of_peak": flop(whole)/seconds/matmul_peak(dtype, "cuda", 8192)}
+        del model
+    return out
+
+
 def gpu():
     "Full evaluation at COCO's size on a GPU."
     if not torch.cuda.is_available(): return dict(work="GPU", note="no GPU here")
@@ -376,7 +468,7 @@ def gpu():
 SECTIONS = dict(scores_200=lambda: scoring(200, 1), scores_1000=lambda: scoring(1000, 50), ranks_5000=lambda: matching_ranks(5000), batch_32=lambda: training_scores(32), batch_256=lambda: training_scores(256),
                 store=lambda: store_reads(300), importing=lambda: importing(4000), encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), clip_tags=lambda: clip_tags(1000, 32),
                 step_padded=lambda: training_step(32, "padded"), step=lambda: training_step(32, "float32"),
-                step_bfloat16=lambda: training_step(32, "bfloat16"), gpu=gpu)
+                step_bfloat16=lambda: training_step(32, "bfloat16"), detector=detector, gpu=gpu, detector_gpu=detector_gpu)
 LONG = dict(scores_5000=lambda: scoring(5000, 2500))
 
 
@@ -402,7 +494,8 @@ def markdown(rows, made):
              "| work | reference | ours | times faster | bfloat16 | times faster | more | commit |", "|---|---:|---:|---:|---:|---:|---|---|"]
     for r in rows:
         if "reference" not in r: continue
-        more = [f"copied into a batch {r['copy_ratio']:.0f} times faster" if "copy_ratio" in r else "", f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"{r['bfloat16_share_of_peak']*100:.0f} % of it in bfloat16" if "bfloat16_share_of_peak" in r else "", f"same ranks or gradients: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
+        more = [f"copied into a batch {r['copy_ratio']:.0f} times faster" if "copy_ratio" in r else "", f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"{r['bfloat16_share_of_peak']*100:.0f} % of it in bfloat16" if "bfloat16_share_of_peak" in r else "", f"same results: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
+                f"{r['process_mib']:,.0f} MiB in all" if "process_mib" in r else "", f"in bfloat16 {100*r['bfloat16_boxes']:.0f} % of the boxes, features off by {100*r['bfloat16_features']:.1f} %" if "bfloat16_boxes" in r else "",
                 f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"{r['megabytes_a_second']:.0f} MB/s, at most {r['peak_mib']:.0f} MiB of memory; the reference is a copy of the file" if "megabytes_a_second" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
                 f"bfloat16 changes {100*r['bfloat16_ranks_changed']:.1f} % of the ranks" if "bfloat16_ranks_changed" in r else "", f"{r['seconds_a_pair']:.3f} s a pair" if "seconds_a_pair" in r else "",
                 f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", f"{r['different']:,} different sentences of {r['sentences']:,}; {seconds_text(r['later_epochs'])} in later epochs" if "later_epochs" in r else "", against_one_thread(r)]

@@ -165,10 +165,11 @@ def test_search_page(page, tmp_path):
     import numpy as np
     from aladin.model.model import Alignment
     from aladin.search.index import Hit
-    from aladin.search.page import picture_finder, search_page
+    from aladin.data.pictures import Pictures
+    from aladin.search.page import search_page
     boxes = np.array([[.1, .1, .4, .5], [.5, .4, 1, 1]], np.float32)
     alignment = Alignment(["red", "cube", "</script>"], boxes, ["cube", "dog"], np.array([[.8, .9, -.1], [.2, .1, -.3]], np.float32))
-    search_page(tmp_path/"page.html", [("a red cube", [Hit("1", "1", 1.7, .6, None, alignment), Hit("2", "2", 1.1, .5)])], picture_finder(tmp_path))
+    search_page(tmp_path/"page.html", [("a red cube", [Hit("1", "1", 1.7, .6, None, alignment), Hit("2", "2", 1.1, .5)])], Pictures(tmp_path))
     page.set_content((tmp_path/"page.html").read_text())
     assert page.locator(".hit").count() == 2 and page.locator(".al-region").count() == 2
     page.click(".al-word[data-word='1']")

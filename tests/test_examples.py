@@ -29,7 +29,7 @@ root = Path(__file__).resolve().parent.parent
 golden = root/"tests"/"golden"
 ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
-ORDER = ("prepare", "convert-detector", "extract", "import", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
+ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
          "evaluate", "index", "search", "export", "search-study", "demo")
 
 

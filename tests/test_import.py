@@ -71,7 +71,7 @@ def test_features(layout, tmp_path):
     assert f"taken for {reader}, because" in said and about["sources"][0]["format"] == reader
     assert {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in before if p != tmp_path} == {p: v for p, v in before.items() if p != tmp_path}
     assert {p.name for p in (tmp_path/"source").rglob("*")} == {p.name for p in before if tmp_path/"source" in p.parents}
-    assert sorted(store.ids) == sorted(BY_ID) and store.has_boxes and not store.has_tags
+    assert sorted(store.ids) == sorted(BY_ID) and store.has_boxes and not store.has_tags and store.box_order == "height width"
     tolerance = 2e-3 if layout in formats.HALF else 0
     for i, p in BY_ID.items():
         rows = store.features(i)

@@ -24,7 +24,7 @@ from aladin.data.extract import Detector, extract, make_detector
 from aladin.view.plots import Attention, plot_attention
 from aladin.data.regions import open_regions
 from aladin.search.index import SearchIndex
-from aladin.search.page import picture_finder, search_page
+from aladin.search.page import search_page
 from small_inputs import ids_of, write_data, write_model, write_picture
 
 
@@ -129,7 +129,7 @@ def test_damaged_pictures_do_not_end_an_answer(tmp_path, detector, model):
         explorer.ask = dict(query="a red fish", heads=["matching"], image="1", number=7)
         assert explorer.answer["number"] == 7 and "error" not in explorer.answer and len(explorer.answer["rankings"][0]["hits"]) == 3
         assert set(explorer.answer["pictures"]) == {"0", "2"}
-        search_page(tmp_path/"page.html", [("a red fish", index.search("a red fish", explain=True))], picture_finder(data))
+        search_page(tmp_path/"page.html", [("a red fish", index.search("a red fish", explain=True))], Pictures(data))
         assert (tmp_path/"page.html").read_text().count("data:image/jpeg") == 3
 
 

@@ -23,7 +23,8 @@ from aladin.view.plots import Attention, plot_attention
 from aladin.data.regions import TsvFile, TsvRegions, convert_regions
 from aladin.model.alignment import Alignment
 from aladin.search.index import Hit, SearchIndex
-from aladin.search.page import picture_finder, search_page
+from aladin.data.pictures import Pictures
+from aladin.search.page import search_page
 from small_inputs import write_data, write_model, write_picture
 
 photographs = Path(__file__).resolve().parent.parent.parent/"shared"/"data"/"coco_images"
@@ -114,7 +115,7 @@ p.extract({str(folder)!r}, p.Detector({str(detectors/'detr')!r}), {str(tmp_path/
     import aladin.data.extract as pictures
     made, inner = [], pictures._extract_part
     monkeypatch.setattr(pictures, "_PART", 4)
-    monkeypatch.setattr(pictures, "_extract_part", lambda detector, part, path, batch_size: made.append(path.name) or inner(detector, part, path, batch_size))
+    monkeypatch.setattr(pictures, "_extract_part", lambda detector, part, path, *others: made.append(path.name) or inner(detector, part, path, *others))
     again = extract(folder, Detector(str(detectors/"detr")), tmp_path/"data", progress=False, report=lambda line: None)
     assert len(made) == 3 and not before & set(made)  # what was there was not made again
     assert not list(tmp_path.glob(".data.*"))
@@ -215,7 +216,7 @@ def test_oversized_pictures_are_left_out_everywhere(detectors, tmp_path, monkeyp
     assert set(store.ids) == {"small", "large"} - set(left_out)
     assert list(read_json(tmp_path/"data"/"pictures.json")["skipped"]) == left_out
     hits = [Hit(i, i, 1., .5, None, Alignment(["a"], np.array([[0, 0, 1, 1]], np.float32), None, np.ones((1, 1), np.float32))) for i in ("small", "large")]
-    search_page(tmp_path/"page.html", [("a", hits)], picture_finder(tmp_path/"pictures"))
+    search_page(tmp_path/"page.html", [("a", hits)], Pictures(tmp_path/"pictures"))
     assert (page := (tmp_path/"page.html").read_text()).count("data:image/jpeg") == 2 and page.count('<p class="note">') == len(left_out)
 
 
@@ -363,7 +364,7 @@ def test_a_page_replaces_pages_only(tmp_path, capsys):
     (tmp_path/"notes.html").write_text("<p>mine")
     assert main(["search", "x", "--index", str(tmp_path/"no index"), "--show", str(tmp_path/"notes.html")]) == 2
     assert "notes.html" in capsys.readouterr().err and (tmp_path/"notes.html").read_text() == "<p>mine"
-    for _ in range(2): search_page(tmp_path/"page.html", [], picture_finder(tmp_path))
+    for _ in range(2): search_page(tmp_path/"page.html", [], Pictures(tmp_path))
     assert '<meta name="generator" content="aladin">' in (tmp_path/"page.html").read_text()
 
 

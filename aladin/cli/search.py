@@ -253,21 +253,22 @@ def search(
 ):
     "Find the pictures that a text describes, or the captions of a picture. Status 2 where a query has no answer."
     from aladin.files import InputError
-    from aladin.search.page import check_page, picture_finder, search_page
+    from aladin.data.pictures import Pictures
+    from aladin.search.page import check_page, search_page
     if json and show: raise InputError("command line", "options", "--json or --show", "both", "leave one out")
     if show: check_page(show)
     opened, shown, problems = _open_index(index, model), [], 0
-    find = picture_finder(pictures or opened.info.get("data", "."))
+    found = Pictures(pictures or opened.info.get("data", "."))
     for asked, hits in _answers(opened, text, image, k, rerank):
         if isinstance(hits, InputError):
             _report_problem(asked, hits, json)
             problems += 1
             continue
-        if json: print(_as_json(asked, hits, find), flush=True)
+        if json: print(_as_json(asked, hits, found.find), flush=True)
         else: _print_hits(asked, hits, bool(image))
         if show: shown.append((asked, hits))
     if shown:
-        search_page(show, shown, find)
+        search_page(show, shown, found)
         print(show)
     opened.close()
     return 2 if problems else 0
@@ -281,10 +282,11 @@ def demo_command(
 ):
     "Search a thousand drawn pictures with the model of the package. The first call draws and indexes them."
     with quick_imports(): from aladin.search.demo import demo
-    from aladin.search.page import picture_finder, search_page
+    from aladin.data.pictures import Pictures
+    from aladin.search.page import search_page
     made = demo(out)
     answers = [(asked, made.index.search(asked, k, explain=True)) for asked in text]
     for asked, hits in answers: _print_hits(asked, hits, False)
     page = made.folder/"answers.html"
-    search_page(page, answers, picture_finder(made.folder/"scenes"))
+    search_page(page, answers, Pictures(made.folder/"scenes"))
     print(page)

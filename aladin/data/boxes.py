@@ -18,9 +18,10 @@ def resized_size(
     short:int=600, # length of the short side
     long:int=1000, # largest length of the long side
 )->tuple: # width and height of the detector's input
-    "The size to which the detector scales a picture."
+    "The size to which the detector scales a picture. Raises ValueError for one that is too narrow."
     small,large = min(width, height),max(width, height)
     if large/small*short > long: short = int(round(long*small/large))
+    if not short: raise ValueError(f"{width} x {height} pixels: too narrow for a long side of {long}")
     if small == short: return width,height
     other = int(short*large/small)
     return (short, other) if width < height else (other, short)
@@ -113,21 +114,25 @@ def nms(
     scores:Tensor, # [boxes]
     threshold:float, # of the overlap
     pixels:bool=True, # the detector's own operator; False: torchvision's
+    most:int|None=None, # the search may end after this many: the others have lower scores
 )->Tensor: # int64 [kept]: ascending for the detector's own operator, by descending score for torchvision's
     "The numbers of the boxes that stay after non-maximum suppression."
     order = scores.argsort(descending=True, stable=not pixels)
-    ordered,block = boxes[order],512
-    removed,kept = np.zeros(len(order), bool),[]
+    ordered,descending = boxes[order],scores[order].tolist()
+    kept,block = [],512
     for at in range(0, len(order), block):
-        over = overlapping(ordered[at:at + block], ordered[at:], threshold, pixels)
-        for row in range(len(over)):
-            if removed[at + row]: continue
+        if most and len(kept) >= most and descending[at] < descending[kept[most - 1]]: break
+        some = ordered[at:at + block]
+        removed = overlapping(ordered[kept], some, threshold, pixels).any(0)
+        over = overlapping(some, some, threshold, pixels)
+        for row in range(len(some)):
+            if removed[row]: continue
             kept.append(at + row)
-            removed[at + row + 1:] |= over[row, row + 1:]
+            removed[row + 1:] |= over[row, row + 1:]
     found = order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
     return found.sort().values if pixels else found
 
-# %% ../../nbs/data/12_boxes.ipynb #c0345270
+# %% ../../nbs/data/12_boxes.ipynb #b9c29f80
 def _weights(start, length, cells, extent, sampling):
     "Interpolation weights of one axis, [regions, cells, extent]; `start` and `length` of the regions in map cells."
     bins = length/cells
@@ -146,24 +151,31 @@ def _weights(start, length, cells, extent, sampling):
         found.scatter_add_(2, index.long(), torch.where(used, weight, torch.zeros_like(weight))/points)
     return found
 
+# %% ../../nbs/data/12_boxes.ipynb #c0345270
+def _spans(weights):
+    "The first and the last map cell, and one more, that each region uses along an axis; all where it uses none."
+    used = (weights > 0).any(1).int()
+    first,last = used.argmax(1),weights.shape[2] - used.flip(1).argmax(1)
+    return torch.stack([first, last], 1).tolist()
+
 def roi_align(
     features:Tensor, # feature maps, [images, channels, height, width]
     rois:Tensor, # image number and box in pixels of the input, [regions, 5]
     scale:float, # map cells a pixel, such as 1/16
     size:tuple, # rows and columns of the result
     sampling:int=0, # sample points of a cell along each axis; 0: as many as it has map cells
-    block:int=64, # number of regions that are computed at once
-)->Tensor: # [regions, channels, rows, columns]
+)->Tensor: # [regions, channels, rows, columns], channels last in memory
     "The features of regions of interest (ROIAlign, without a half-pixel shift)."
     _,channels,height,width = features.shape
-    out = features.new_empty(len(rois), channels, *size)
-    for image in rois[:, 0].unique().long().tolist():
-        own = (rois[:, 0] == image).nonzero()[:, 0]
-        for some in own.split(block):
-            x1,y1,x2,y2 = (rois[some, 1:]*scale).T
-            rows = _weights(y1, (y2 - y1).clamp(min=1), size[0], height, sampling)
-            columns = _weights(x1, (x2 - x1).clamp(min=1), size[1], width, sampling)
-            across = features[image].flatten(0, 1) @ columns.flatten(0, 1).T # [channels x height, regions x columns]
-            across = across.view(channels, height, len(some), size[1]).permute(2, 1, 0, 3).flatten(2)
-            out[some] = (rows @ across).view(len(some), size[0], channels, size[1]).transpose(1, 2)
-    return out
+    out = features.new_empty(len(rois), *size, channels)
+    if not len(rois): return out.permute(0, 3, 1, 2)
+    x1,y1,x2,y2 = (rois[:, 1:]*scale).T
+    rows = _weights(y1, (y2 - y1).clamp(min=1), size[0], height, sampling)
+    columns = _weights(x1, (x2 - x1).clamp(min=1), size[1], width, sampling)
+    spans = zip(rois[:, 0].long().tolist(), _spans(rows), _spans(columns))
+    for n,(image,(top,bottom),(left,right)) in enumerate(spans):
+        part = features[image, :, top:bottom, left:right].permute(1, 2, 0).flatten(1)
+        lines = (rows[n, :, top:bottom] @ part).view(size[0], right - left, channels)
+        out[n] = columns[n, :, left:right] @ lines
+    return out.permute(0, 3, 1, 2)
+

@@ -6,7 +6,7 @@
 __all__ = ['DETECTORS', 'Detector', 'register_detector', 'open_detector', 'make_detector', 'extract']
 
 # %% ../../nbs/data/11_extract.ipynb #01445165
-import hashlib, json, os, shutil, sys
+import hashlib, inspect, json, os, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..files import (
 from ..device import default_device, hash_weights
 from .pictures import find_pictures, open_picture
 from .regions import (
-    box_geometry, check_detections, Detections, offsets_of, Regions, RegionStore, write_store)
+    Attributes, box_geometry, check_detections, Detections, offsets_of, Regions, RegionStore, write_store, write_tsv)
 from .clip import check_replaceable
 from .formats import captions_by_id, split_captions
 
@@ -117,14 +117,18 @@ def register_detector(
 
 def open_detector(
     name:str, # folder of a detector of transformers; hub:NAME, which is fetched; or NAME:FOLDER for a registered one
-    threshold:float=.2, # boxes with a lower score are dropped
-    least:int=10, # but at least this many boxes are kept
-    most:int=50, # and at most this many
+    **options, # arguments of its class, such as threshold; those that are None keep its default
 ): # a `Detector`, or an object of a registered class
-    "Open a detector by its name. Raises `InputError` where there is none."
+    "Open a detector by its name. Raises `InputError` where there is none, and for an option that it does not have."
     kind,_,folder = str(name).partition(":")
-    if kind in DETECTORS: return DETECTORS[kind](folder, threshold, least, most)
-    return Detector(name, threshold, least, most)
+    made,source = (DETECTORS[kind],folder) if kind in DETECTORS else (Detector,name)
+    given = {k: v for k,v in options.items() if v is not None}
+    known = list(inspect.signature(made).parameters)[1:]
+    if unknown := sorted(set(given) - set(known)):
+        where,expected = f"--{unknown[0].replace('_', '-')}",f"one of {', '.join(known)}"
+        raise InputError(name, where, expected, "an option that this detector does not have", "leave it out")
+    return made(source, **given)
+
 
 # %% ../../nbs/data/11_extract.ipynb #de0b3e9d
 _MAKER = "aladin.make_detector"
@@ -171,9 +175,21 @@ def make_detector(
         model.save_pretrained(part)
         processor.save_pretrained(part)
 
-# %% ../../nbs/data/11_extract.ipynb #4d216682
+# %% ../../nbs/data/11_extract.ipynb #e51b6f77
 _PART = 256 # pictures whose regions are written at once
 
+def _attributes_of(about, data):
+    "The attributes in the file of a part, or None where the detector gives none."
+    if "attribute_codes" not in data: return None
+    return Attributes(about["attribute_names"], data["attribute_codes"], data["attribute_scores"])
+
+def _joined_attributes(parts):
+    "The attributes of all parts, or None."
+    if None in parts: return None
+    codes,scores = (np.concatenate([getattr(p, k) for p in parts]) for k in ("codes", "scores"))
+    return Attributes(parts[0].names, codes, scores)
+
+# %% ../../nbs/data/11_extract.ipynb #4d216682
 class _Extracted(Regions):
     "Regions in the parts of an extraction."
     def __init__(self, work, ids, fingerprint):
@@ -181,7 +197,7 @@ class _Extracted(Regions):
         self.ids,self.skipped,self.fingerprint = [],{},fingerprint
         self._at = {} # image id -> number of its part, rows in it
         self._last = None,None # number and content of the part that was read last
-        counts,names,codes,arrays = [],{},[],dict(rects=[], confidences=[], sizes=[])
+        counts,names,codes,arrays,attributes = [],{},[],dict(rects=[], confidences=[], sizes=[]),[]
         for number in range(0, len(ids), _PART):
             about,data = self._part(number//_PART)
             self.skipped |= about["skipped"]
@@ -191,8 +207,9 @@ class _Extracted(Regions):
             counts += about["counts"]
             codes += [names.setdefault(c, len(names)) for c in about["classes"]]
             for k,v in arrays.items(): v.append(data[k])
+            if about["ids"]: attributes.append(_attributes_of(about, data))
         if not self.ids: return
-        joined = {k: np.concatenate(v) for k,v in arrays.items()}
+        joined = {k: np.concatenate(v) for k,v in arrays.items()} | dict(attributes=_joined_attributes(attributes))
         codes = np.array(codes, np.int32)
         self.detections = Detections(work, self.ids, offsets_of(counts), list(names), codes, **joined)
         check_detections(self.detections)
@@ -234,7 +251,7 @@ def _unusable(path, found):
         return InputError(path, "boxes", "finite numbers", "NaN or infinity", fix)
 
 # %% ../../nbs/data/11_extract.ipynb #b02f6670
-def _extract_part(detector, pictures, path, batch_size):
+def _extract_part(detector, pictures, path, batch_size, upright=True):
     "Detect in the pictures of one part and write its file."
     found,skipped,batch = {},{},{}
     def flush():
@@ -247,56 +264,58 @@ def _extract_part(detector, pictures, path, batch_size):
             else: found[i] = o | dict(size=batch[i].size)
         batch.clear()
     for i,p in pictures.items():
-        try: batch[i] = open_picture(p)
+        try: batch[i] = open_picture(p, upright)
         except InputError as e: skipped[i] = str(e)
         if len(batch) == batch_size: flush()
     flush()
-    _write_part(path, found, skipped)
+    _write_part(path, found, skipped, list(getattr(detector, "attribute_names", ())))
     return skipped
 
 # %% ../../nbs/data/11_extract.ipynb #0ebf1d2b
-def _write_part(path, found, skipped):
+def _write_part(path, found, skipped, attribute_names):
     "Write what was found in some pictures as one .npz file."
     counts,classes = [len(o["classes"]) for o in found.values()],[c for o in found.values() for c in o["classes"]]
-    about = dict(ids=list(found), counts=counts, classes=classes, skipped=skipped)
+    about = dict(ids=list(found), counts=counts, classes=classes, skipped=skipped, attribute_names=attribute_names)
     def joined(key, *shape):
         return np.concatenate([o[key] for o in found.values()]) if found else np.zeros(shape, np.float32)
     arrays = dict(rects=joined("rects", 0, 4), confidences=joined("confidences", 0), vectors=joined("vectors", 0, 6))
+    if attribute_names and found: arrays |= {k: joined(k) for k in ("attribute_codes", "attribute_scores")}
     sizes = np.array([o["size"] for o in found.values()], np.int32).reshape(-1, 2)
     write_part(path, about, dict(sizes=sizes, **arrays))
 
 # %% ../../nbs/data/11_extract.ipynb #5261e150
-_VERSION = 2 # of the parts: those of another version are not resumed
-
+_VERSION = 3 # of the parts: those of another version are not resumed
 
 # %% ../../nbs/data/11_extract.ipynb #d108515a
-def _extract_parts(detector, found, work, batch_size, progress):
+def _extract_parts(detector, found, work, batch_size, progress, upright):
     "Detect in all pictures; finished parts are kept."
     ids = list(found)
     work.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(ids), desc="extract", unit="picture", disable=not progress) as bar:
         for at in range(0, len(ids), _PART):
             path,part = work/f"{at//_PART:06d}.npz",{i: found[i] for i in ids[at:at+_PART]}
-            if not path.exists(): _extract_part(detector, part, path, batch_size)
+            if not path.exists(): _extract_part(detector, part, path, batch_size, upright)
             bar.update(len(part))
 
 # %% ../../nbs/data/11_extract.ipynb #9352efa8
-def _write_data(source, out, folder, found, splits, dtype, progress):
+def _write_data(source, out, folder, found, splits, dtype, progress, upright, tsv):
     "Write the data folder."
     with atomic_dir(out) as part:
         (part/"regions").mkdir()
         write_store(source, part/"regions", np.dtype(dtype), progress)
+        if tsv: write_tsv(source, part/"tsv", progress)
         files = {i: found[i].relative_to(folder).as_posix() for i in source.ids}
-        write_json(part/"pictures.json", dict(folder=str(folder.resolve()), files=files, skipped=source.skipped))
+        about = dict(folder=str(folder.resolve()), files=files, skipped=source.skipped, upright=upright)
+        write_json(part/"pictures.json", about)
         for split,texts in splits.items():
             if texts: write_json(part/f"{split}_captions.json", texts)
 
 # %% ../../nbs/data/11_extract.ipynb #37cdbca9
-def _digest(detector, found, batch_size):
+def _digest(detector, found, batch_size, upright):
     "A digest of all that the regions depend on; of the pictures, the path, the size and the time of change."
     files = [(i, p, p.stat()) for i,p in found.items()]
     states = [[i, str(p), state.st_size, state.st_mtime_ns] for i,p,state in files]
-    about = [_VERSION, _PART, detector.fingerprint, batch_size, states]
+    about = [_VERSION, _PART, detector.fingerprint, batch_size, upright, states]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/11_extract.ipynb #3b3c604e
@@ -310,6 +329,8 @@ def extract(
     seed:int=0, # of the splits, where the captions do not name them
     progress:bool=True, # show a progress bar
     report=lambda line: print(line, file=sys.stderr), # function that gets a line for each thing that is left out
+    upright:bool=True, # turn pictures as their EXIF data says
+    tsv:bool=False, # also write tsv/, the regions in the published layout
 )->RegionStore:
     """Write a data folder: regions/, pictures.json and, with captions, the splits; resumes where a killed call stopped.
 
@@ -318,11 +339,11 @@ def extract(
     check_output_dir(out)
     found = find_pictures(folder, report)
     described = captions_by_id(captions, found, folder, report) if captions else {}
-    digest = _digest(detector, found, batch_size)
+    digest = _digest(detector, found, batch_size, upright)
     with locked(beside(out, "lock"), f"writing to {out}"):
         check_output_dir(out)
         work = beside(out, f"{digest}.parts")
-        _extract_parts(detector, found, work, batch_size, progress)
+        _extract_parts(detector, found, work, batch_size, progress, upright)
         source = _Extracted(work, list(found), digest)
         for message in source.skipped.values(): report(f"left out: {message}")
         if not source.ids:
@@ -332,6 +353,6 @@ def extract(
         splits = split_captions(described, source.ids, seed)
         empty = [s for s,texts in splits.items() if not texts]
         if captions and empty: report(f"{out}: no captioned pictures in the splits {', '.join(empty)}")
-        _write_data(source, out, folder, found, splits, dtype, progress)
+        _write_data(source, out, folder, found, splits, dtype, progress, upright, tsv)
         remove_parts(out)
     return RegionStore(out/"regions")

@@ -24,7 +24,7 @@ from .pairing import assign_splits, check_missing, merge_captions, pair, parse_s
 from .pictures import find_pictures, picture_formats
 from .readers import (
     CAPTION_READERS, coco_number, detect, FEATURE_READERS, FeatureReader, Notes, source_digest, stem)
-from .regions import check_detections, Detections, finish_store, offsets_of, Regions
+from .regions import BOX_ORDERS, check_detections, Detections, finish_store, offsets_of, Regions
 from .store_rows import read_classes, RowMaker
 
 # %% ../../nbs/data/21_importing.ipynb #2a163ae1
@@ -301,6 +301,7 @@ class _Imported(Regions):
         check_detections(self.detections)
         self._index = self.detections._index
         self.has_boxes, self.has_tags = maker.has_boxes, bool(numbers)
+        self.box_order = BOX_ORDERS[0] if self.has_boxes else None # height before width
         about = hashlib.sha256(json.dumps([self.ids, list(numbers), counts.tolist(), digest]).encode())
         for a in self.detections.arrays().values(): about.update(np.ascontiguousarray(a))
         self.fingerprint = about.hexdigest()[:16]

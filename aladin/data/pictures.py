@@ -53,33 +53,37 @@ def _deep_grey(values, whole, of_16_bits):
 # %% ../../nbs/data/01_pictures.ipynb #c08bbebe
 def as_rgb(
     picture:Image.Image, # in any mode; of an animation the current frame
-)->Image.Image: # RGB, upright
-    "A picture as a detector sees it: turned as its EXIF data says, 8 bits a channel, without transparency."
+    upright:bool=True, # turn it as its EXIF data says
+)->Image.Image: # RGB
+    "A picture as a detector sees it: upright, 8 bits a channel, without transparency."
     deep = picture.mode.startswith("I;16")
     of_16_bits = deep or picture.mode == "I" and picture.format in ("PNG", "PPM")
-    picture = ImageOps.exif_transpose(picture)
+    if upright: picture = ImageOps.exif_transpose(picture)
     if deep or picture.mode in ("I", "F"):
         picture = Image.fromarray(_deep_grey(np.asarray(picture), picture.mode != "F", of_16_bits))
     if "transparency" in picture.info: picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    rgb = picture.convert("RGB")
+    rgb.info.pop("exif", None) # the orientation has been dealt with
+    return rgb
 
 # %% ../../nbs/data/01_pictures.ipynb #1ee5e0be
 def open_picture(
     path, # a picture file
-)->Image.Image: # RGB, upright
+    upright:bool=True, # turn it as its EXIF data says
+)->Image.Image: # RGB
     """Read a picture completely and convert it by `as_rgb`; of an animation the first frame.
 
     Raises `InputError` for a file that is missing, damaged, too large, or of a format that cannot be read."""
-    return _read_picture(path)[0]
+    return _read_picture(path, upright)[0]
 
 # %% ../../nbs/data/01_pictures.ipynb #959f4bd3
-def _read_picture(path):
+def _read_picture(path, upright=True):
     "The picture and the name of its format. Raises `InputError` as `open_picture` does."
     fix = "copy the picture again, or leave it out"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=picture_formats()) as picture: return as_rgb(picture), picture.format
+            with Image.open(path, formats=picture_formats()) as picture: return as_rgb(picture, upright), picture.format
     except FileNotFoundError:
         advice = "check the path, or leave the picture out"
         raise InputError(path, "file", "a picture", "nothing there", advice) from None
@@ -184,9 +188,9 @@ class Thumbnail(NamedTuple):
 
 # %% ../../nbs/data/01_pictures.ipynb #76767bee
 @lru_cache(maxsize=256)
-def _reduced(path, changed, size, side, kind):
+def _reduced(path, changed, size, side, kind, upright):
     "The thumbnail of a file; `changed` and `size` are its state, which is part of the cache's key."
-    picture, source = _read_picture(path)
+    picture, source = _read_picture(path, upright)
     ratio = picture.width/picture.height
     picture.thumbnail((side, side))
     own_kind = "JPEG" if source in ("JPEG", "MPO") else "PNG"
@@ -197,24 +201,25 @@ def thumbnail(
     path, # a picture file
     side:int=320, # longer side in pixels, at most
     kind:str="", # JPEG or PNG; by default JPEG for JPEG files and PNG for others
+    upright:bool=True, # turn it as its EXIF data says
 )->Thumbnail: # data URL, width over height
-    "A small upright copy of a picture as a data URL. Raises `InputError` as `open_picture` does."
+    "A small copy of a picture as a data URL. Raises `InputError` as `open_picture` does."
     try: state = os.stat(path)
     except OSError:
         open_picture(path) # raises an `InputError` that says what is wrong
         raise
-    return _reduced(os.path.abspath(path), state.st_mtime_ns, state.st_size, side, kind)
+    return _reduced(os.path.abspath(path), state.st_mtime_ns, state.st_size, side, kind, upright)
 
 # %% ../../nbs/data/01_pictures.ipynb #c504808f
 def _listed(path):
-    "Read pictures.json: the folder of the pictures, and their paths in it by image id."
+    "Read pictures.json: the folder of the pictures, their paths in it by image id, and whether EXIF data turn them."
     about = read_json(path, "the list of pictures that aladin extract wrote")
     files = about.get("files") if isinstance(about, dict) else None
     texts = [about.get("folder"), *files.values()] if isinstance(files, dict) else [None]
     if not all(isinstance(o, str) for o in texts):
         wanted = "folder (text) and files (image id -> path)"
         raise InputError(path, "keys", wanted, "something else", "run aladin extract again")
-    return Path(about["folder"]), files
+    return Path(about["folder"]), files, about.get("upright") is not False
 
 # %% ../../nbs/data/01_pictures.ipynb #fa898210
 def _names(image_id):
@@ -235,6 +240,7 @@ class Pictures:
         self.folder = Path(folder)
         listed = self.folder/"pictures.json"
         self._listed = _listed(listed) if listed.is_file() else None
+        self.upright = self._listed is None or self._listed[2] # whether regions were found in upright pictures
         first = [".png", ".jpg", ".jpeg"]
         self._endings = first + [end for end in picture_endings() if end not in first]
         self._endings += [end.upper() for end in self._endings]
@@ -244,17 +250,17 @@ class Pictures:
     ): # Path, or None
         "The path of an image's picture, or None where there is none."
         if self._listed is None: return self._by_name(image_id)
-        folder, files = self._listed
+        folder, files, _ = self._listed
         name = files.get(str(image_id))
         if name is None: return None
         return folder/name if os.path.isfile(folder/name) else self._by_name(image_id)
 
     def open(self,
         image_id, # int or str
-    )->Image.Image: # RGB, upright
+    )->Image.Image: # RGB, as its regions were found
         "Open the picture of an image. Raises `InputError` where there is none, or one that cannot be read."
         path = self.find(image_id)
-        if path is not None: return open_picture(path)
+        if path is not None: return open_picture(path, self.upright)
         fix = "name the folder of the pictures"
         raise InputError(self.folder, f"image {image_id}", "a picture", "nothing there", fix)
 
@@ -265,7 +271,7 @@ class Pictures:
     )->Thumbnail|None: # None for an image without a picture
         "A small copy of the picture of an image. Raises `InputError` for a picture that cannot be read."
         path = self.find(image_id)
-        return None if path is None else thumbnail(path, side, kind)
+        return None if path is None else thumbnail(path, side, kind, self.upright)
 
 # %% ../../nbs/data/01_pictures.ipynb #c100fe75
 @patch

@@ -9,6 +9,7 @@ __all__ = ['VinvlConfig', 'FrozenNorm', 'Bottleneck', 'Body', 'VinvlDetector', '
 # %% ../../nbs/data/14_vinvl.ipynb #86b64642
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -64,11 +65,17 @@ class FrozenNorm(nn.Module):
         for name,value in dict(weight=1., bias=0., running_mean=0., running_var=1.).items():
             self.register_buffer(name, torch.full((channels,), value))
 
-    def forward(self, x):
+    def scale_and_shift(self)->tuple: # two tensors, float32 [channels]
+        "The factor and the addend of each channel."
         scale = self.weight*self.running_var.rsqrt()
-        shift = self.bias - self.running_mean*scale
+        return scale,self.bias - self.running_mean*scale
+
+    def forward(self, x):
+        scale,shift = self.scale_and_shift()
         return x*scale[:, None, None] + shift[:, None, None]
 
+
+# %% ../../nbs/data/14_vinvl.ipynb #73c1450f
 class Bottleneck(nn.Module):
     "Three convolutions and a shortcut, which is a convolution where channels or resolution change."
     def __init__(self, before, width, after, groups, stride):
@@ -81,9 +88,11 @@ class Bottleneck(nn.Module):
         self.conv3,self.bn3 = nn.Conv2d(width, after, 1, bias=False),FrozenNorm(after)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
 
 # %% ../../nbs/data/14_vinvl.ipynb #b2e62654
 def _stage(config, number):
@@ -104,8 +113,8 @@ class Body(nn.Module):
         self.layer1,self.layer2,self.layer3 = (_stage(config, number) for number in (1, 2, 3))
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.stem["bn1"](self.stem["conv1"](x))), 3, 2, 1)
-        return self.layer3(self.layer2(self.layer1(x)))
+        x = F.relu(self.stem["bn1"](self.stem["conv1"](x)), inplace=True)
+        return self.layer3(self.layer2(self.layer1(F.max_pool2d(x, 3, 2, 1))))
 
 # %% ../../nbs/data/14_vinvl.ipynb #4b6404d5
 class _Anchors(nn.Module):
@@ -118,6 +127,7 @@ class VinvlDetector(PreTrainedModel):
     "Faster R-CNN with an attribute head (VinVL); `detect` is its use."
     config_class = VinvlConfig
     main_input_name = "pixels"
+    folded = False # whether `for_inference` has changed it
 
     def __init__(self, config):
         super().__init__(config)
@@ -139,6 +149,11 @@ class VinvlDetector(PreTrainedModel):
         self.attribute = nn.ModuleDict(dict(predictor=nn.ModuleDict(attribute)))
         self.post_init()
 
+    def save_pretrained(self, *args, **kwargs):
+        "Write the model's files. Raises RuntimeError after `for_inference`, which changes the weights."
+        if self.folded: raise RuntimeError("a detector after `for_inference` cannot be saved: load it again")
+        super().save_pretrained(*args, **kwargs)
+
 # %% ../../nbs/data/14_vinvl.ipynb #5fcf2dc2
 @patch
 def propose(self:VinvlDetector,
@@ -147,7 +162,7 @@ def propose(self:VinvlDetector,
 )->Tensor: # [proposals, 4], in pixels of the input
     "The proposals of one picture."
     c,head = self.config,self.rpn["head"]
-    hidden = F.relu(head["conv"](features))
+    hidden = F.relu(head["conv"](features)).float()
     scores,deltas = head["cls_logits"](hidden),head["bbox_pred"](hidden)
     cell = self.rpn["anchor_generator"]["cell_anchors"].get_buffer("0")
     anchors = grid_anchors(cell, *features.shape[2:], 16).to(features.device)
@@ -157,18 +172,21 @@ def propose(self:VinvlDetector,
     boxes = clip_boxes(decode_boxes(deltas[best], anchors[best]), size)
     usable = not_small(boxes, 0)
     boxes,scores = boxes[usable],scores[usable]
-    return boxes[nms(boxes, scores, c.proposal_overlap, c.pixels)[:c.proposals]]
+    return boxes[nms(boxes, scores, c.proposal_overlap, c.pixels, c.proposals)[:c.proposals]]
 
 @patch
 def pooled(self:VinvlDetector,
     features:Tensor, # map, [1, channels, height, width]
     boxes:Tensor, # in pixels of the input, [boxes, 4]
-    block:int=64, # number of boxes that are computed at once
+    block:int=32, # number of boxes that are computed at once: more need more memory and are not faster
 )->Tensor: # [boxes, 2 x channels]
     "The vectors of boxes: ROIAlign, the last stage, and the mean over its cells."
-    layer4,rois = self.roi_heads["box"]["feature_extractor"]["head"]["layer4"],F.pad(boxes, (1, 0))
-    found = [layer4(roi_align(features, some, 1/16, (14, 14))).mean((2, 3)) for some in rois.split(block)]
-    return torch.cat(found) if found else features.new_zeros(0, 2*features.shape[1])
+    layer4,features32 = self.roi_heads["box"]["feature_extractor"]["head"]["layer4"],features.float()
+    found = [boxes.new_zeros(0, 2*features.shape[1])]
+    for some in F.pad(boxes, (1, 0)).split(block):
+        aligned = roi_align(features32, some, 1/16, (14, 14))
+        found.append(layer4(aligned.to(features.dtype)).float().mean((2, 3)))
+    return torch.cat(found)
 
 # %% ../../nbs/data/14_vinvl.ipynb #4970ee84
 @dataclass
@@ -183,13 +201,12 @@ class DetectedRegions:
 
 @patch
 def attributes_of(self:VinvlDetector,
-    features:Tensor, # map, [1, channels, height, width]
-    boxes:Tensor, # of the detections, [regions, 4]
+    vectors:Tensor, # of the detections' boxes, from `pooled`, [regions, 2 x channels]
     labels:Tensor, # classes of the detections, [regions]
 )->tuple: # attributes int64 [regions, attributes], their scores float32
     "The best attributes of detections; scores at or below the threshold become 0."
     head = self.attribute["predictor"]
-    vectors = torch.cat([self.pooled(features, boxes), head["cls_embedding"](labels)], 1)
+    vectors = torch.cat([vectors, head["cls_embedding"](labels)], 1)
     scores = head["attr_score"](F.relu(head["fc_attr"](vectors))).softmax(1)
     scores[:, 0] = 0
     scores[scores <= self.config.attribute_threshold] = 0
@@ -203,17 +220,43 @@ def detect(self:VinvlDetector,
     sizes:list, # width and height of each picture, without padding
 )->list: # of `DetectedRegions`
     "The regions of some pictures."
-    c,maps,found = self.config,self.backbone["body"](pixels),[]
-    head = self.roi_heads["box"]["predictor"]
+    c,head,found = self.config,self.roi_heads["box"]["predictor"],[]
+    dtype = self.rpn["head"]["conv"].weight.dtype
+    maps = self.backbone["body"](pixels.to(dtype, memory_format=torch.channels_last))
     for features,size in zip(maps.split(1), sizes):
         proposals = self.propose(features, size)
         vectors = self.pooled(features, proposals)
         deltas = head["bbox_pred"](vectors) if c.regression else None
         chosen = (c.rule, c.threshold, c.least, c.most, c.pixels)
         s = select_detections(head["cls_score"](vectors), deltas, proposals, size, *chosen)
-        attributes = self.attributes_of(features, s.boxes, s.labels)
+        moved = not torch.equal(s.boxes, proposals[s.rows])
+        of_boxes = self.pooled(features, s.boxes) if moved else vectors[s.rows]
+        attributes = self.attributes_of(of_boxes, s.labels)
         found.append(DetectedRegions(s.boxes, s.labels, s.scores, vectors[s.rows], *attributes))
     return found
+
+# %% ../../nbs/data/14_vinvl.ipynb #9f7b9410
+def _fold(conv, norm):
+    "Fold a frozen norm into the convolution before it."
+    scale,shift = norm.scale_and_shift()
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias = nn.Parameter(shift)
+
+@patch
+@torch.no_grad()
+def for_inference(self:VinvlDetector,
+    dtype:torch.dtype=torch.float32, # of the convolutions: float32 or bfloat16
+)->VinvlDetector: # itself, in evaluation mode
+    "Fold the norms into the convolutions and reorder the weights for speed; it cannot be saved or trained afterwards."
+    for parent in list(self.modules()):
+        for (_,conv),(name,norm) in pairwise(list(parent.named_children())):
+            if not isinstance(norm, FrozenNorm): continue
+            _fold(conv, norm)
+            parent.add_module(name, nn.Identity())
+    for part in (self.backbone, self.rpn["head"]["conv"], self.roi_heads["box"]["feature_extractor"]):
+        part.to(dtype=dtype, memory_format=torch.channels_last)
+    self.folded = True
+    return self.eval()
 
 # %% ../../nbs/data/14_vinvl.ipynb #5266ec98
 class VinvlImageProcessor(ImageProcessingMixin):
@@ -335,37 +378,58 @@ class VinvlRegions:
         threshold:float=.2, # score of a detection
         least:int=10, # number of detections that are kept whatever their scores
         most:int=100, # largest number of detections
+        filter:int=1, # rule of `select_detections`
+        regression:bool=False, # boxes that the head predicts, not those of the proposals
+        operators:str="compiled", # compiled: the detector's own; or torchvision: those that replaced them, see `nms`
+        precision:str="float32", # of the convolutions: float32 or bfloat16
+        attribute_tags:bool=False, # tags are "attribute class", such as "red ball", where there is an attribute
     ):
         if not (Path(folder)/"preprocessor_config.json").is_file():
             fix = "make it with aladin convert-detector"
             raise InputError(folder, "detector", "a folder of VinVL's detector", "none", fix)
         with quiet_transformers(): self.model = VinvlDetector.from_pretrained(folder, local_files_only=True)
         self.processor = VinvlImageProcessor.from_pretrained(folder, local_files_only=True)
-        self.model = self.model.eval().to(default_device())
         c = self.model.config
-        c.threshold,c.least,c.most = threshold,least,most
+        c.threshold,c.least,c.most,c.rule = threshold,least,most,filter
+        c.regression,c.pixels = regression,operators == "compiled"
+        self.attribute_names,self.attribute_tags = list(c.attribute_names),attribute_tags
+        self.fingerprint = self._digest(precision)
+        self.model = self.model.for_inference(getattr(torch, precision)).to(default_device())
 
-    @property
-    def fingerprint(self)->str: # 16 hexadecimal digits
-        "A digest of the weights and of what decides the regions."
+    def _digest(self, precision):
+        "A digest of the weights and of what decides the regions, 16 hexadecimal digits."
         c,p = self.model.config,self.processor
-        digest = hashlib.sha256(repr((sorted(c.to_diff_dict().items()), p.short, p.long, p.mean)).encode())
+        about = [sorted(c.to_diff_dict().items()), p.short, p.long, p.mean, precision, self.attribute_tags]
+        digest = hashlib.sha256(repr(about).encode())
         hash_weights(digest, self.model)
         return digest.hexdigest()[:16]
 
-    def __call__(self,
-        pictures:list, # PIL images, RGB
-    )->list: # of dicts: rects [boxes, 4] in pixels, confidences [boxes], classes [boxes], vectors [boxes, 2054]
-        "The regions of some pictures, one by one: in a batch, padding would change them."
-        return [self._one(picture) for picture in pictures]
 
-    def _one(self, picture):
-        "The regions of one picture."
-        pixels,sizes = self.processor([picture])
-        found, = self.model.detect(pixels.to(self.model.device), sizes)
-        scale = np.array([*picture.size]*2, np.float32)/np.array([*sizes[0]]*2, np.float32)
-        rects = found.boxes.cpu().numpy()*scale
-        vectors = np.concatenate([found.features.cpu().numpy(), box_geometry(rects, picture.size)], 1)
-        names = [self.model.config.class_names[label - 1] for label in found.labels.tolist()]
-        return dict(rects=rects.astype(np.float32), confidences=found.scores.cpu().numpy(), classes=names,
-                    vectors=vectors.astype(np.float32))
+# %% ../../nbs/data/14_vinvl.ipynb #7c3f1903
+@patch
+def __call__(self:VinvlRegions,
+    pictures:list, # PIL images, RGB
+)->list: # of dicts: rects [boxes, 4] in pixels, confidences [boxes], classes [boxes], vectors [boxes, 2054], attributes
+    "The regions of some pictures; those of equal size are computed together."
+    inputs,found = [self.processor([picture]) for picture in pictures],[None]*len(pictures)
+    for size in {tuple(sizes[0]) for _,sizes in inputs}:
+        rows = [n for n,(_,sizes) in enumerate(inputs) if tuple(sizes[0]) == size]
+        pixels = torch.cat([inputs[n][0] for n in rows]).to(self.model.device)
+        for n,regions in zip(rows, self.model.detect(pixels, [size]*len(rows))):
+            found[n] = self._as_dict(pictures[n], size, regions)
+    return found
+
+@patch
+def _as_dict(self:VinvlRegions, picture, size, found):
+    "The detections of one picture with boxes in its own pixels; `size` is that of the detector's input."
+    scale = np.array([*picture.size]*2, np.float32)/np.array([*size]*2, np.float32)
+    rects = (found.boxes.cpu().numpy()*scale).astype(np.float32)
+    vectors = np.concatenate([found.features.cpu().numpy(), box_geometry(rects, picture.size)], 1)
+    classes = [self.model.config.class_names[label - 1] for label in found.labels.tolist()]
+    scores = found.attribute_scores.cpu().numpy()
+    codes = np.where(scores > 0, found.attributes.cpu().numpy() - 1, -1).astype(np.int32)
+    if self.attribute_tags:
+        best = [f"{self.attribute_names[code]} " if code >= 0 else "" for code in codes[:, 0].tolist()]
+        classes = [attribute + name for attribute,name in zip(best, classes)]
+    return dict(rects=rects, confidences=found.scores.cpu().numpy(), classes=classes,
+                vectors=vectors.astype(np.float32), attribute_codes=codes, attribute_scores=scores)

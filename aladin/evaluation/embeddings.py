@@ -24,7 +24,7 @@ from ..device import evaluating, hash_weights
 from ..config import Aggregation, allowed_values
 from ..data.ragged import Ragged, read_ahead, READERS
 from ..data.splits import RetrievalSet
-from ..model.configuration import report_inputs
+from ..model.configuration import check_regions
 from ..model.model import AladinModel
 
 # %% ../../nbs/evaluation/00_embeddings.ipynb #54da6ccd
@@ -95,11 +95,7 @@ class _Encoding:
     "The two sides of a split: the order of encoding, the number of rows of each set, and the encoding itself."
     def __init__(self, model, data, batch_size, autocast):
         c = model.config
-        if data.regions.dim != c.region_dim:
-            expected = f"{c.region_dim}, as the model was trained with"
-            fix = "use the features of the model's data set"
-            raise InputError("regions", "feature width", expected, str(data.regions.dim), fix)
-        report_inputs(c, data.regions)
+        check_regions(c, data.regions)
         self.model = model
         self.data = data
         self.batch_size = batch_size

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'AladinConfig', 'variant_settings', 'model_config', 'missing_inputs', 'config_for_split', 'report_inputs',
-           'check_geometry']
+           'check_geometry', 'check_regions']
 
 # %% ../../nbs/model/04_configuration.ipynb #4bbc2cf1
 from dataclasses import asdict
@@ -35,6 +35,7 @@ class AladinConfig(PreTrainedConfig):
     layer_norm_eps:float = 1e-12 # epsilon of LayerNorm
     pad_token_id:int = 0 # row of the token table that stays zero
     region_dim:int = 2054 # width of a region vector: 2048 features and six box numbers
+    box_order:str = "" # order of the last two box numbers in the training data; empty: not known
     region_layer_norm:bool = True # LayerNorm after the projection of the regions
     region_layer_norm_eps:float = 1e-12 # its epsilon
     matching_layers:int = 2 # layers of the matching head
@@ -137,6 +138,7 @@ def config_for_split(
     clip_dim = processor.clip.dim if processor.clip else 0
     detic_dim = getattr(regions, "detic_dim", 0)
     found = model_config(config.model, config.data, len(processor.tokenizer), regions.dim, detic_dim, clip_dim)
+    found.box_order = regions.box_order or ""
     for part in INPUTS: setattr(found, f"has_{part}", getattr(regions, f"has_{part}", True))
     return found
 
@@ -165,3 +167,18 @@ def check_geometry(
     for what,count in heads.items():
         if config.hidden_size % count:
             raise InputError(path, "hidden_size", f"a multiple of the {count} {what}", config.hidden_size, fix)
+
+# %% ../../nbs/model/04_configuration.ipynb #8c4819f0
+def check_regions(
+    config:AladinConfig, # of the model that is to read them
+    regions, # opened regions
+):
+    "Raise `InputError` for region vectors of another width than the model's, or another order of the box numbers."
+    if regions.dim != config.region_dim:
+        fix,expected = "use the features of the model's data set",f"{config.region_dim}, as the model was trained with"
+        raise InputError(regions.path, "feature width", expected, regions.dim, fix)
+    if config.box_order and regions.box_order and regions.box_order != config.box_order:
+        fix = f"convert the regions with aladin prepare --box-order {config.box_order.replace(' ', '-')}"
+        expected = f"{config.box_order} at the end of each vector, as the model was trained with"
+        raise InputError(regions.path, "box numbers", expected, regions.box_order, fix)
+    report_inputs(config, regions)

@@ -27,7 +27,7 @@ from .alignment import Alignment
 from .backbone import Backbone
 from .heads import (
     alignment_scores, AlignmentHead, DepthFusion, GatedDepth, MatchingHead, MeanDepth, TransformerLayers)
-from .configuration import AladinConfig, check_geometry
+from .configuration import AladinConfig, check_geometry, check_regions
 
 # %% ../../nbs/model/05_model.ipynb #6f5c520c
 @dataclass
@@ -238,10 +238,7 @@ def encode_images(self:AladinModel,
 )->Encoded: # matching [images, hidden], regions [total regions, hidden], on the CPU
     "Encode the images of a split. Raises `InputError` for region vectors of another width than the model's."
     split = for_processor(images, self.checked_processor())
-    if split.regions.dim != self.config.region_dim:
-        fix = "use the features of the model's data set"
-        expected = f"{self.config.region_dim}, as the model was trained with"
-        raise InputError(split.regions.path, "feature width", expected, split.regions.dim, fix)
+    check_regions(self.config, split.regions)
     rows = np.arange(len(split.image_ids)) if rows is None else np.asarray(rows)
     encode = lambda some: self.encode_image_batch(split.image_batch(rows[some]).to(self.device))
     found = self.encode_in_batches(encode, (split.region_counts + split.tag_lengths)[rows], batch_size, progress)

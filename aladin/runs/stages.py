@@ -69,7 +69,8 @@ def prepare_data(
     dtype:str="float32", # type of the stored region vectors: float32 or float16
     overwrite:bool=False, # replace a prepared folder that is there
     progress:bool=True, # show progress bars
-)->dict: # images, region_dim, vocabulary, and the number of images of each split
+    box_order:str|None=None, # order of the last two box numbers, see `in_box_order`; as they are when not given
+)->dict: # images, region_dim, box_order, vocabulary, and the number of images of each split
     """Convert the regions, copy captions and key files, and write the vocabulary; all or nothing.
 
     Raises `InputError` for missing or broken files, and for an output folder that holds something else."""
@@ -80,11 +81,12 @@ def prepare_data(
     if vocabulary: load_tokenizer(vocabulary)
     source = regions_folder(data, features)
     with atomic_dir(out, overwrite, "prepared.json") as part:
-        if (source/"store.json").exists(): shutil.copytree(source, part/"regions")
-        else: convert_regions(source, part/"regions", dtype=dtype, progress=progress)
+        ready = (source/"store.json").exists() and box_order in (None, open_regions(source).box_order)
+        if ready: shutil.copytree(source, part/"regions")
+        else: convert_regions(source, part/"regions", dtype=dtype, progress=progress, box_order=box_order)
         _copy_extras(data, part, dtype, progress)
         regions = open_regions(part/"regions")
-        counts = dict(images=len(regions), region_dim=int(regions.dim))
+        counts = dict(images=len(regions), region_dim=int(regions.dim), box_order=regions.box_order)
         for split in ("train", "minival", "test"):
             source = captions_file(data, split)
             counts[split] = len(read_captions(source))

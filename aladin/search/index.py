@@ -19,14 +19,15 @@ from ..files import InputError, locked, write_json
 from ..device import hash_weights
 from ..data.processor import AladinProcessor
 from ..data.splits import for_processor
-from ..model.configuration import AladinConfig
+from ..model.configuration import AladinConfig, check_regions
 from ..model.model import AladinModel, Encoded, load_model, regions_used
 from .engines import ExactEngine, MilvusEngine
 from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read_index, VERSION
 from .segments import caption_hit, picture_alignment, picture_place
 
 # %% ../../nbs/search/02_index.ipynb #2a49872e
-_GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__ and f.name != "clip"]
+_GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__]
+_GEOMETRY = [name for name in _GEOMETRY if name not in ("clip", "box_order")] # they do not change what is computed
 
 def model_fingerprint(
     model:AladinModel, # a model with its processor
@@ -192,10 +193,7 @@ def _check_images(self:SearchIndex, images, encoded):
     if encoded and len(encoded) != len(images.image_ids):
         found = f"{len(encoded)} of {len(images.image_ids)}"
         raise InputError("index", "images", "all images of a split", found, "encode the whole split")
-    if images.regions.dim != self.model.config.region_dim:
-        expected = f"{self.model.config.region_dim}, as the model was trained with"
-        fix = "use the features of the model's data set"
-        raise InputError(images.regions.path, "feature width", expected, images.regions.dim, fix)
+    check_regions(self.model.config, images.regions)
     _check_ids(images)
 
 # %% ../../nbs/search/02_index.ipynb #3aba16c3
