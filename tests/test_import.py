@@ -250,6 +250,21 @@ def test_trap_5_places(tmp_path):
     assert about["pairing"] == "id" and about["images"] == 1  # rules are never mixed
 
 
+def test_trap_5_other_captions_for_precomp(tmp_path):
+    "Named captions take the place of the source's own, paired by place or by the file names of id_mapping.json; keys follow."
+    of, a = OF[:5], tmp_path/"a"
+    for name, some, times in (("train", of[:2], 1), ("test", of[2:3], 5), ("testall", of[2:5], 5)):
+        formats.write_precomp_split(a, name, some, times, boxes=False, ids=[of.index(p) for p in some])
+    captions = formats.write_karpathy(tmp_path, of, coco=False, splits=("train", "train", "test", "test", "test"))
+    for rule in ("place", "file name"):
+        about, said = run(a, tmp_path/rule, captions)
+        assert about["pairing"] == rule and "captions of the features' source not used" in said and about["splits"]["test"]["images"] == 3
+        store = RegionStore(tmp_path/rule/"regions")
+        for p in of: np.testing.assert_array_equal(store.features(p.number)[:, :-6], p.vectors)
+        assert (tmp_path/rule/"test_img_keys_1k.tsv").read_text().split() == [str(of[2].number)]
+        (a/"id_mapping.json").write_text(json.dumps({str(k): f"{p.number}.jpg" for k, p in enumerate(of)}))
+
+
 def test_trap_6_broken_and_double_rows(tmp_path):
     rows, path = [formats.bottom_up_row(p) for p in OF], tmp_path/"a.tsv"
     path.write_text("\n".join([rows[0][:-7], *rows, rows[1]]) + "\n")
@@ -566,6 +581,32 @@ def test_changed_values_of_lmdb(layout, tmp_path):
         path = formats.write_database(tmp_path/str(n), {"a": changed(value, rng)} | keys)
         try: run(path, None, format=kind, boxes=False)
         except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
+
+
+DAMAGE = """import sys
+import numpy as np
+from pathlib import Path
+from aladin.data.importing import ImportOptions, import_data
+from aladin.files import InputError
+source, kind, file, count = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+rng, before = np.random.default_rng(3), file.read_bytes()
+for _ in range(count):
+    at, data = int(rng.integers(min(len(before), 40_000))), bytearray(before)
+    data[at] ^= 1 << int(rng.integers(8))
+    file.unlink()
+    file.write_bytes(data)
+    try: import_data([source], None, ImportOptions(kind, boxes=False), False, lambda line: None)
+    except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
+"""
+
+
+@pytest.mark.parametrize("layout", [k for k in formats.FEATURES if k.startswith("hdf5")])
+def test_changed_bytes_of_hdf5(layout, tmp_path):
+    "As above, in a process of its own: the library is in C, and a crash would end all tests."
+    write, kind = formats.FEATURES[layout]
+    source = write(folder(tmp_path, "source"), OF[:3])
+    file = next(p for p in source.iterdir() if p.suffix in (".h5", ".hdf5"))
+    subprocess.run([sys.executable, "-c", DAMAGE, str(source), kind, str(file), str(EXAMPLES or 40)], check=True, env=os.environ | {"PYTHONPATH": str(root)})
 
 
 @pytest.mark.parametrize("layout", ["lmdb-vilbert", "lmdb-volta", "mmf"])

@@ -101,7 +101,8 @@ def import_command(
     sources:Annotated[list[str], Option("SOURCE", positional=True)],
     out:Folder=None, # data folder to write; not with --check
     from_:Annotated[str, Option("FORMAT")]="", # format of the sources, one of the names above; found if not given
-    captions:Annotated[list[str], Option("FILE")]=(), # captions, where the sources have none, and sizes of pictures
+    # captions, in place of those that the sources may have, and sizes of pictures; of several files the first counts
+    captions:Annotated[list[str], Option("FILE")]=(),
     images:Folder=None, # folder of the pictures; gives their sizes where no file does
     classes:File=None, # class names, one a line, for sources with class numbers (1,600 of Visual Genome)
     # parts of a split: names of the source's splits, of caption files, or of text files that list images

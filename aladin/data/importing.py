@@ -63,6 +63,7 @@ class _Joined(FeatureReader):
     def __init__(self, readers):
         self.readers, self.path, self.notes = readers, readers[0].path, readers[0].notes
         self.by_place = all(r.by_place for r in readers)
+        self.names = {i: name for r in readers for i, name in r.names.items()}
         self._of = {}
         for r in readers:
             for i in r.ids: self._of.setdefault(i, []).append(r)
@@ -100,7 +101,10 @@ def open_sources(
     features = [r for r, _ in opened if isinstance(r, FeatureReader)]
     texts = [r for r, _ in [*opened, *more] if not isinstance(r, FeatureReader)]
     reader = _Joined(features) if len(features) > 1 else features[0] if features else None
-    found = [r.read() for r in texts] + ([reader.captions()] if reader else [])
+    found = [r.read() for r in texts]
+    if reader and not texts: found = [reader.captions()]
+    elif any(r.has_captions for r in features):
+        notes.add("captions of the features' source not used, as other captions are named")
     return Sources(reader, merge_captions(found, notes), [about for _, about in [*opened, *more]], notes)
 
 # %% ../../nbs/data/21_importing.ipynb #4412f15c
@@ -125,14 +129,16 @@ def make_plan(
         return Plan({i: i for i in ids}, {}, {}, {}, {}, "")
     rules = SplitRules(parse_splits(options.split), options.restval)
     splits = assign_splits([c for c in captions if c.captions], rules, sources.notes)
-    rule, pairs = pair(reader.ids, captions, reader.by_place) if reader else ("", {c.image: c for c in captions})
+    if reader: rule, pairs = pair(reader.ids, captions, reader.by_place, reader.names)
+    else: rule, pairs = "", {c.image: c for c in captions}
     chosen = _chosen(sources, pairs, splits, options)
     table = _split_table(captions, chosen, splits, options, sources.notes)
     kept = {i for texts in table.values() for i in texts}
     images = {c.image: i for i, c in chosen.items() if c.image in kept}
     own = {c.image: c for c in chosen.values()}
     sizes = {i: own[i].size for i in images if own[i].size}
-    return Plan(images, sizes, table, _keys(reader, table), {i: own[i].name for i in images}, rule)
+    names = {i: own[i].name or (reader.names.get(feature, "") if reader else "") for i, feature in images.items()}
+    return Plan(images, sizes, table, _keys(reader, images, table), names, rule)
 
 # %% ../../nbs/data/21_importing.ipynb #c3ea886a
 def _chosen(sources, pairs, splits, options):
@@ -161,13 +167,14 @@ def _split_table(captions, chosen, splits, options, notes):
     if options.limit: table = {s: dict(list(of.items())[:options.limit]) for s, of in table.items()}
     return {s: of for s, of in table.items() if of}
 
-# %% ../../nbs/data/21_importing.ipynb #7b80badf
-def _keys(reader, table):
+# %% ../../nbs/data/21_importing.ipynb #10419bf5
+def _keys(reader, images, table):
     "Key files of the test split."
     test = list(table.get("test", ()))
     if not test: return {}
-    known, given = set(test), reader.keys() if reader else {}
-    keys = {name: [i for i in ids if i in known] for name, ids in given.items()}
+    given = reader.keys() if reader else {}
+    of = {feature: i for i, feature in images.items() if i in table["test"]}
+    keys = {name: [of[i] for i in ids if i in of] for name, ids in given.items()}
     if len(test) == 5000:
         keys.setdefault("test_img_keys_1k.tsv", test[:1000])
         keys |= {f"test_img_keys_1k_fold{k + 1}.tsv": test[1000*k:1000*k + 1000] for k in range(5)}

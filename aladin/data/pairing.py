@@ -23,10 +23,10 @@ def _keys(captions, rule):
     if rule == "COCO number": return [coco_number(c.name or c.image) or coco_number(c.image) or None for c in captions]
     return [None if c.place is None else str(c.place) for c in captions]
 
-def _feature_keys(ids, rule):
+def _feature_keys(ids, rule, names):
     "The key of each feature id under a rule; None where it has none."
-    if rule == "file name": return [stem(i) for i in ids]
-    if rule == "COCO number": return [coco_number(i) or None for i in ids]
+    if rule == "file name": return [stem(names.get(i, i)) for i in ids]
+    if rule == "COCO number": return [coco_number(names.get(i, i)) or None for i in ids]
     return list(ids)
 
 # %% ../../nbs/data/19_pairing.ipynb #c7d47246
@@ -35,14 +35,14 @@ def _may_be_places(ids, captions):
     names = {stem(c.name or c.image) for c in captions}
     return all(i.isdecimal() and int(i) < _PLACES and i not in names for i in ids)
 
-def _match(ids, captions, rule):
+def _match(ids, captions, rule, names):
     "The captions of the feature ids that a rule pairs. Raises `InputError` for two images of one key."
     table, pairs = {}, {}
     for key, c in zip(_keys(captions, rule), captions):
         if key is None: continue
         table[key] = None if key in table else c # of two records neither can be chosen
     seen = {}
-    for image, key in zip(ids, _feature_keys(ids, rule)):
+    for image, key in zip(ids, _feature_keys(ids, rule, names)):
         found = table.get(key) if key is not None else None
         if found is None: continue
         if key in seen:
@@ -57,13 +57,14 @@ def pair(
     ids:list, # image ids of the features
     captions:list, # of `ImageCaptions`
     by_place:bool=False, # whether ids of the features may be places
+    names:dict|None=None, # file names of the pictures by feature id, where the features' source has them
 )->tuple: # the rule's name; feature id -> `ImageCaptions`
     "Pair features with captions by the rule that pairs most images. Raises `InputError` where no rule pairs any."
     rules = ["id", "file name", "COCO number"]
     if by_place and _may_be_places(ids, captions): rules.append("place")
     best = "", {}
     for rule in rules:
-        pairs = _match(ids, captions, rule)
+        pairs = _match(ids, captions, rule, names or {})
         if len(pairs) > len(best[1]): best = rule, pairs
     if best[1]: return best
     features, texts = ", ".join(ids[:3]), ", ".join(c.name or c.image for c in captions[:3])

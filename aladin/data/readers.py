@@ -149,6 +149,7 @@ class FeatureReader(Reader):
     "Regions by image id."
     by_place = False # whether ids may be positions in the data set
     ids:list # image ids, strings, in the order of the source
+    names:dict = {} # file name of a picture by image id, where the source knows it
 
     def read(self,
         image:str, # one of `ids`
