@@ -535,6 +535,19 @@ def test_paths_of_tar(name, here):
     with pytest.raises(InputError, match="files inside the archive"): run(here/"0.tar", None)
 
 
+def test_ids_that_are_paths(here):
+    "An id becomes part of a file name when its picture is looked up."
+    row = formats.bottom_up_row(OF[0]).split("\t")
+    (here/"a.tsv").write_text("\t".join(["../../secret", *row[1:]]) + "\n")
+    run(here/"a.tsv", here/"data")
+    assert RegionStore(here/"data"/"regions").ids == ["..__..__secret"]
+    images = [dict(id=i, file_name=f"{OF[0].name}.jpg") for i in ("../../secret",)]
+    (here/"c.json").write_text(json.dumps(dict(images=images, annotations=[dict(id=1, image_id="../../secret", caption="a dog")])))
+    with pytest.raises(InputError, match="image id"): run(formats.write_bottom_up(here, OF[:1]), None, here/"c.json")
+    (here/"c.json").write_text('{"a.jpg": ["half \\ud800"]}')
+    with pytest.raises(InputError, match="surrogate"): run(here/"c.json", None)
+
+
 # Damaged files
 
 

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from ..files import InputError, read_json, read_text
 from .formats import read_caption_file
 from .pictures import picture_endings
-from .readers import caption_reader, CaptionReader, image_id, ImageCaptions, need_package, read_lines
+from .readers import (
+    caption_reader, CaptionReader, image_id, ImageCaptions, is_text, need_package, read_lines)
 
 # %% ../../nbs/data/18_caption_readers.ipynb #857775ea
 class _Gathered:
@@ -27,9 +28,11 @@ class _Gathered:
     def add(self, where, image, caption, **about):
         "Add a caption. Raises `InputError` for one without words, and for an image in two splits."
         entry = self.image(where, image, **about)
+        fix = "correct this entry, or remove it"
         if not isinstance(caption, str) or not caption.strip():
             found = "an empty one" if isinstance(caption, str) else type(caption).__name__
-            raise InputError(self.path, where, "a caption with words", found, "correct this entry, or remove it")
+            raise InputError(self.path, where, "a caption with words", found, fix)
+        if not is_text(caption): raise InputError(self.path, where, "text", "half a character (a lone surrogate)", fix)
         entry.captions.append(caption.strip())
 
     def image(self, where, image, split=None, **about):
