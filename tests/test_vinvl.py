@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from aladin.data.selection import select_detections
-from aladin.data.boxes import clip_boxes, decode_boxes, grid_anchors, nms, not_small, roi_align
+from aladin.data.boxes import clip_boxes, decode_boxes, grid_anchors, nms, not_small, resized_size, roi_align
 from aladin.data.extract import extract, open_detector
 from aladin.data.pictures import Pictures
 from aladin.data.regions import RegionStore, TsvRegions
@@ -130,7 +130,7 @@ def test_inference(processor, tmp_path):
             exact, rounded = folded.backbone["body"](pixels), short.backbone["body"](pixels.bfloat16())
             pooled = short.pooled(r["backbone"].bfloat16(), r["rpn.proposals.boxes"])
         assert error(rounded, r["backbone"]) < 2**16*error(exact, r["backbone"])  # as much as the roundings differ: 2**-8 to 2**-24
-        assert pooled.dtype == torch.float32 and error(pooled, r["box.pooled"]) < .01
+        assert pooled.dtype == torch.float32 and error(pooled, r["box.pooled"]) < .02
     with pytest.raises(RuntimeError, match="load it again"): folded.save_pretrained(tmp_path)
 
 
@@ -165,16 +165,18 @@ def test_rows_of_the_authors_tool(folder, tmp_path):
     for image_id, name in report["tsv_ids"].items(): (tmp_path/"pictures"/f"{image_id}.{files[name].split('.')[-1]}").symlink_to(golden/"pictures"/files[name])
     store = extract(tmp_path/"pictures", open_detector(f"vinvl:{folder}"), tmp_path/"data", progress=False, upright=False, tsv=True)
     found, vectors = rows_of(tmp_path/"data"/"tsv"/"predictions.tsv"), TsvRegions(tmp_path/"data"/"tsv")
-    attributes = rows_of(golden/"tsv_attributes"/"predictions.tsv")
+    attributes, of_name = rows_of(golden/"tsv_attributes"/"predictions.tsv"), {p["name"]: p["picture"] for p in PICTURES}
     for image_id, expected in rows_of(golden/"tsv"/"predictions.tsv").items():
         own, features = list(enumerate(found[image_id])), vectors.features(image_id)
+        size = of_name[report["tsv_ids"][image_id]]
+        scale = max(np.divide(size, resized_size(*size, sizes["min_size"], sizes["max_size"])))  # pixels of the picture in one of the input
         assert [o["bbox_id"] for _, o in own] == list(range(len(own))) and len(own) == len(expected) == len(features)
         np.testing.assert_array_equal(features, store.features(image_id))
         for o, a in zip(expected, attributes[image_id]):
             same = [(n, f) for n, f in own if f["class"] == o["class"] and abs(f["conf"] - o["conf"]) < 1e-3]
             n, f = min(same, key=lambda pair: np.abs(np.subtract(pair[1]["rect"], o["rect"])).max())
             own.remove((n, f))
-            assert np.abs(np.subtract(f["rect"], o["rect"])).max() < .2  # 0.05 pixels of the input, in the picture's
+            assert np.abs(np.subtract(f["rect"], o["rect"])).max() < .05*scale
             assert np.abs(features[n, :-6] - np.frombuffer(base64.b64decode(o["feature"]), "<f4")).max() < 2e-3
             positive = [name for name, score in zip(a["attributes"], a["attr_scores"]) if score > 0]
             assert f.get("attributes", []) == positive and np.abs(np.subtract(f.get("attr_scores", []), a["attr_scores"][:len(positive)])).max(initial=0) < 1e-3

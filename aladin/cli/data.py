@@ -87,7 +87,8 @@ def extract_command(
                     attribute_tags=attribute_tags or None)
     from aladin.data.extract import extract
     store = extract(images, found, out, captions, dtype, batch_size, seed, upright=not ignore_exif, tsv=tsv)
-    print(f"{out}: {len(store)} pictures, {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
+    how = "as stored" if ignore_exif else "turned as EXIF data say"
+    print(f"{out}: {len(store)} pictures ({how}), {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
 
 # %% ../../nbs/cli/01_data.ipynb #263eafc0
 @command("aladin import f30k_precomp --out f30k",

@@ -423,6 +423,7 @@ _SHARED_WITH_TEACHER = (
 def _check_teacher(path, model, source):
     "Raise `InputError` for a teacher of another geometry, input or vocabulary."
     names = [k for k in _SHARED_WITH_TEACHER if getattr(source.config, k) != getattr(model.config, k)]
+    if len({source.config.box_order, model.config.box_order} - {""}) > 1: names.append("box_order")
     differ = [f"{k} {getattr(source.config, k)} instead of {getattr(model.config, k)}" for k in names]
     if differ:
         fix = "train the teacher with the student's model and data settings, or change those of the student"
