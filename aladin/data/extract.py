@@ -6,7 +6,7 @@
 __all__ = ['DETECTORS', 'load_pretrained', 'Detector', 'register_detector', 'open_detector', 'make_detector', 'extract']
 
 # %% ../../nbs/data/11_extract.ipynb #01445165
-import hashlib, inspect, json, os, re, shutil, sys
+import hashlib, inspect, json, os, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..files import atomic_dir, atomic_write, check_output_dir, InputError, locked, write_json
+from ..files import (
+    atomic_dir, beside, check_output_dir, InputError, locked, read_part, remove_parts, write_json, write_part)
 from ..device import default_device, hash_weights
 from .pictures import find_pictures, open_picture
 from .regions import (
@@ -226,8 +227,7 @@ class _Extracted(Regions):
     def _part(self, number):
         "A part's file; the last one stays in memory."
         if self._last[0] != number:
-            with np.load(self.path/f"{number:06d}.npz", allow_pickle=False) as f: data = dict(f)
-            self._last = number,(json.loads(data.pop("about").tobytes()),data)
+            self._last = number,read_part(self.path/f"{number:06d}.npz")
         return self._last[1]
 
     def features(self, image_id)->np.ndarray:
@@ -293,23 +293,10 @@ def _write_part(path, found, skipped, attribute_names):
     arrays = dict(rects=joined("rects", 0, 4), confidences=joined("confidences", 0), vectors=joined("vectors", 0, 6))
     if attribute_names and found: arrays |= {k: joined(k) for k in ("attribute_codes", "attribute_scores")}
     sizes = np.array([o["size"] for o in found.values()], np.int32).reshape(-1, 2)
-    with atomic_write(path) as part, open(part, "wb") as f:
-        np.savez(f, about=np.frombuffer(json.dumps(about).encode(), np.uint8), sizes=sizes, **arrays)
+    write_part(path, about, dict(sizes=sizes, **arrays))
 
 # %% ../../nbs/data/11_extract.ipynb #5261e150
 _VERSION = 3 # of the parts: those of another version are not resumed
-
-def _beside(out, end):
-    "A hidden name beside an output folder."
-    name = os.fsencode(out.name)[:160].decode("utf-8", "ignore")
-    return out.with_name(f".{name}.{end}")
-
-def _remove_parts(out):
-    "Remove the parts of all extractions to a folder, also those that a killed call with other options left."
-    own = re.compile(r"[0-9a-f]{16}\.parts")
-    prefix = _beside(out, "").name
-    for path in out.parent.iterdir():
-        if path.name.startswith(prefix) and own.fullmatch(path.name[len(prefix):]): shutil.rmtree(path)
 
 # %% ../../nbs/data/11_extract.ipynb #d108515a
 def _extract_parts(detector, found, work, batch_size, progress, upright):
@@ -365,9 +352,9 @@ def extract(
     found = find_pictures(folder, report)
     described = captions_by_id(captions, found, folder, report) if captions else {}
     digest = _digest(detector, found, batch_size, upright)
-    with locked(_beside(out, "lock"), f"writing to {out}"):
+    with locked(beside(out, "lock"), f"writing to {out}"):
         check_output_dir(out)
-        work = _beside(out, f"{digest}.parts")
+        work = beside(out, f"{digest}.parts")
         _extract_parts(detector, found, work, batch_size, progress, upright)
         source = _Extracted(work, list(found), digest)
         for message in source.skipped.values(): report(f"left out: {message}")
@@ -379,5 +366,5 @@ def extract(
         empty = [s for s,texts in splits.items() if not texts]
         if captions and empty: report(f"{out}: no captioned pictures in the splits {', '.join(empty)}")
         _write_data(source, out, folder, found, splits, dtype, progress, upright, tsv)
-        _remove_parts(out)
+        remove_parts(out)
     return RegionStore(out/"regions")
