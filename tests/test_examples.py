@@ -18,6 +18,7 @@ import yaml
 
 from aladin.cli.command import COMMANDS
 from aladin.cli.main import main
+from aladin.data.encoders import make_encoder
 from aladin.data.extract import make_detector
 from aladin.data.scenes import write_scenes
 from aladin.files import resource_dir
@@ -75,6 +76,7 @@ def world(tmp_path_factory):
     for i in range(4): write_picture(folder/"photos"/f"{i}.jpg", seed=i)
     (folder/"captions.csv").write_text("image,caption,split\n0.jpg,noise,train\n1.jpg,more noise,minival\n2.jpg,other noise,test\n")
     make_detector(folder/"models"/"detr")
+    make_encoder(folder/"models"/"vision_clip")
     for path in (golden/"v2"/"feats").glob("detic.*"): shutil.copy(path, folder)
     shutil.copy(golden/"v1"/"checkpoint.pth.tar", folder)
     shutil.copy(golden/"detector"/"weights.pth", folder/"vinvl_vg_x152c4.pth")

@@ -44,23 +44,47 @@ def prepare(
     print(f"symbolic ceiling: {summary['ceiling']}")
     print(prepare_data(Path(out)/"scenes", Path(out)/"data", overwrite=force))
 
-# %% ../../nbs/cli/01_data.ipynb #0cbf585c
+# %% ../../nbs/cli/01_data.ipynb #4ae0e399
 def _opened(detector, **options):
     "A detector by its name; see `open_detector`."
     if detector.startswith("vinvl:"): importlib.import_module("aladin.data.vinvl") # registers it
     from aladin.data.extract import open_detector
     return open_detector(detector, **options)
 
+# %% ../../nbs/cli/01_data.ipynb #806f20bb
+def _region_source(detector, options, encoder, grid, labels, boxes):
+    "What finds the regions: a detector, an encoder, or an encoder on the boxes of a detector or a file."
+    from aladin.files import InputError
+    if (detector and boxes) or not (detector or encoder) or ((grid or labels) and (detector or boxes)):
+        given = dict(detector=detector, encoder=encoder, grid=grid, labels=labels, boxes=boxes)
+        found = " ".join(f"--{name}" for name, value in given.items() if value) or "none"
+        expected = "--detector, --encoder (with --grid, --labels), or --encoder with --detector or --boxes"
+        raise InputError("command line", "options", expected, found, "see aladin extract --help")
+    if not encoder: return _opened(detector, **options)
+    from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
+    opened = open_encoder(encoder)
+    if boxes: return BoxRegions(StoredBoxes(boxes), opened)
+    if detector: return BoxRegions(_opened(detector, **options), opened)
+    return GridRegions(opened, grid, labels and Labels(labels, encoder))
+
+# %% ../../nbs/cli/01_data.ipynb #0cbf585c
 @command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out photo_data",
          "aladin extract --images photos --detector models/detr --captions captions.csv --out photo_data"
          " --dtype float16",
-         "aladin extract --images photos --detector vinvl:vinvl_detector --out photo_regions")
+         "aladin extract --images photos --detector vinvl:vinvl_detector --out photo_regions",
+         "aladin extract --images photos --encoder models/vision_clip --grid 2 --out photo_grid")
 def extract_command(
     images:Folder, # folder of pictures, with the folders below it
+    out:Folder, # data folder to write
     # folder of an object detector of transformers (DETR, RT-DETR, YOLOS and relatives), hub:NAME, which is fetched, or
     # vinvl:DIR for VinVL's detector
-    detector:Annotated[str, Option("NAME")],
-    out:Folder, # data folder to write
+    detector:Annotated[str|None, Option("NAME")]=None,
+    # vision encoder: folder of a model of transformers (CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt and more), hub:NAME,
+    # or package.module:function; its patches are the regions, or with --detector or --boxes it gives their vectors
+    encoder:Annotated[str|None, Option("NAME")]=None,
+    grid:Annotated[int, Option("N", 0, 64)]=0, # with --encoder alone: pool the patches to N x N regions; 0: as they are
+    labels:File=None, # with --encoder alone, for CLIP: a label a line, whose nearest is a region's tag
+    boxes:File=None, # with --encoder: a predictions.tsv with the boxes and tags, in place of a detector
     # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions) or
     # COCO's
     captions:File=None,
@@ -81,10 +105,11 @@ def extract_command(
     batch_size:Annotated[int, Option("N", 1, 100_000)]=8, # number of pictures in a batch
     seed:Seed=0, # divides captioned pictures into splits
 ):
-    "Find the regions of a folder of pictures with an object detector."
-    found = _opened(detector, threshold=threshold, least=least, most=most, filter=filter and int(filter),
-                    regression=regression or None, operators=operators, precision=precision,
-                    attribute_tags=attribute_tags or None)
+    "Find the regions of a folder of pictures with an object detector, a vision encoder, or both."
+    options = dict(threshold=threshold, least=least, most=most, filter=filter and int(filter),
+                   regression=regression or None, operators=operators, precision=precision,
+                   attribute_tags=attribute_tags or None)
+    found = _region_source(detector, options, encoder, grid, labels, boxes)
     from aladin.data.extract import extract
     store = extract(images, found, out, captions, dtype, batch_size, seed, upright=not ignore_exif, tsv=tsv)
     how = "as stored" if ignore_exif else "turned as EXIF data say"
@@ -129,12 +154,15 @@ def import_command(
 # %% ../../nbs/cli/01_data.ipynb #90c3eb1a
 def _stored_regions(data, image):
     "The picture of an image with boxes, tags, scores and attributes from a data folder."
+    import numpy as np
     from aladin.data.pictures import Pictures
-    from aladin.data.regions import open_regions
+    from aladin.data.regions import open_regions, region_boxes
     from aladin.data.splits import regions_folder
-    found = open_regions(regions_folder(data))
+    found, picture = open_regions(regions_folder(data)), Pictures(data).open(image)
     columns = found.rects(image), found.tags(image), found.confidences(image), found.detections.attributes(image)
-    return Pictures(data).open(image), *columns
+    if columns[1]: return picture, *columns
+    rects = region_boxes(found.features(image))*np.array([*picture.size]*2) # regions without tags
+    return picture, rects, ["region"]*len(rects), np.ones(len(rects), np.float32), [[]]*len(rects)
 
 def _detected_regions(name, path):
     "The picture of a file with boxes, tags, scores and attributes from a detector."

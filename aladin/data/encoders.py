@@ -99,8 +99,8 @@ class VisionEncoder:
 # %% ../../nbs/data/22_encoders.ipynb #e733de10
 _VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
             patch_size=8)
-_TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100,
-             max_position_embeddings=20)
+_TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=1000,
+             max_position_embeddings=77, bos_token_id=0, eos_token_id=1)
 _SWIN = dict(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
 _CONVOLUTIONS = dict(hidden_sizes=[8, 8, 16, 32], depths=[1]*4)
 _TOWERS = dict(text_config=_TEXT, vision_config=_VIT)
@@ -214,7 +214,7 @@ class Labels:
         vectors, # the regions' vectors, without box numbers, region 0 the whole picture's, [regions, dim]
     )->dict: # classes, and confidences: the probability of each among all labels, float32 [regions]
         "The nearest label of each region."
-        hidden = torch.from_numpy(vectors).to(self.texts.device)
+        hidden = torch.tensor(vectors, device=self.texts.device)
         hidden[1:] = self.model.vision_model.post_layernorm(hidden[1:]) # the first has passed it
         regions = F.normalize(self.model.visual_projection(hidden), dim=-1)
         scores,best = (self.model.logit_scale.exp()*regions @ self.texts.T).softmax(1).max(1)
