@@ -14,7 +14,8 @@ from aladin.data.text import load_tokenizer, load_torch_file, read_captions
 from aladin.data.splits import open_split
 from aladin.data.clip import ClipReader
 from aladin.evaluation.embeddings import encode_split, load_embeddings, save_embeddings
-from aladin.model.model import AladinModel, start_from_text_model
+from aladin import AladinModel
+from aladin.model.model import start_from_text_model
 
 golden = Path(__file__).parent/"golden"/"v1"
 

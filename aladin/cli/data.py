@@ -189,10 +189,11 @@ def regions(
     "Show the regions of a picture: tags, attributes, scores and boxes, as a table and as a figure."
     from aladin.files import InputError
     if (detector is None) == (data is None):
-        raise InputError("command line", "options", "--detector or --data", "both" if data else "neither", "give one")
+        found = "both" if detector else "neither"
+        raise InputError("command line", "options", "--detector or --data", found, "give one")
     if out and Path(out).exists() and not force:
         raise InputError(out, "--out", "a new file", "one that is there", "choose another name, or add --force")
-    shown = _stored_regions(data, show) if data else _detected_regions(detector, show)
+    shown = _detected_regions(detector, show) if data is None else _stored_regions(data, show)
     picture, rects, tags, scores, attributes = shown
     for i in (-scores).argsort(kind="stable")[:most]:
         looks = " ".join(f"{name} {score:.2f}" for name, score in attributes[i][:3])

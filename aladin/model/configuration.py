@@ -138,7 +138,7 @@ def config_for_split(
     clip_dim = processor.clip.dim if processor.clip else 0
     detic_dim = getattr(regions, "detic_dim", 0)
     found = model_config(config.model, config.data, len(processor.tokenizer), regions.dim, detic_dim, clip_dim)
-    found.box_order = regions.box_order or ""
+    found.box_order = getattr(regions, "box_order", None) or ""
     for part in INPUTS: setattr(found, f"has_{part}", getattr(regions, f"has_{part}", True))
     return found
 
@@ -174,11 +174,13 @@ def check_regions(
     regions, # opened regions
 ):
     "Raise `InputError` for region vectors of another width than the model's, or another order of the box numbers."
+    path = getattr(regions, "path", "regions") # a user's own source may have none
     if regions.dim != config.region_dim:
         fix,expected = "use the features of the model's data set",f"{config.region_dim}, as the model was trained with"
-        raise InputError(regions.path, "feature width", expected, regions.dim, fix)
-    if config.box_order and regions.box_order and regions.box_order != config.box_order:
+        raise InputError(path, "feature width", expected, regions.dim, fix)
+    order = getattr(regions, "box_order", None)
+    if config.box_order and order and order != config.box_order:
         fix = f"convert the regions with aladin prepare --box-order {config.box_order.replace(' ', '-')}"
         expected = f"{config.box_order} at the end of each vector, as the model was trained with"
-        raise InputError(regions.path, "box numbers", expected, regions.box_order, fix)
+        raise InputError(path, "box numbers", expected, order, fix)
     report_inputs(config, regions)
