@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
            'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked', 'report',
-           'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml', 'resource_dir']
+           'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml', 'resource_dir', 'beside',
+           'remove_parts', 'write_part', 'read_part']
 
 # %% ../nbs/00_files.ipynb #cb3ed048
 import codecs, ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
@@ -498,3 +499,37 @@ def resource_dir(
         if folder.is_dir(): return folder
     fix = "install the package again, or work in a checkout of it"
     raise InputError(package, f"resource {name}", "a folder of the package", "no such folder", fix)
+
+# %% ../nbs/00_files.ipynb #c3616b56
+def beside(
+    out:Path, # an output folder
+    end:str, # last part of the name
+)->Path:
+    "A hidden name beside an output folder."
+    return out.with_name(f".{_short(out)}.{end}")
+
+def remove_parts(
+    out:Path, # an output folder that is complete
+):
+    "Remove the parts of all calls that wrote to a folder, also those that a killed call with other options left."
+    own = re.compile(r"[0-9a-f]{16}\.parts")
+    prefix = beside(out, "").name
+    for path in out.parent.iterdir():
+        if path.name.startswith(prefix) and own.fullmatch(path.name[len(prefix):]): shutil.rmtree(path)
+
+# %% ../nbs/00_files.ipynb #0686ad3b
+def write_part(
+    path, # the .npz file to write
+    about:dict, # what JSON can hold
+    arrays:dict, # name -> array of numbers
+):
+    "Write arrays and a JSON value as one file, completely or not at all."
+    with atomic_write(path) as part, open(part, "wb") as f:
+        np.savez(f, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+
+def read_part(
+    path, # a file of `write_part`
+)->tuple: # the JSON value; name -> array
+    "Read a part."
+    with np.load(path, allow_pickle=False) as f: arrays = dict(f)
+    return json.loads(arrays.pop("about").tobytes()), arrays

@@ -7,7 +7,9 @@ Where a reference would take too long it runs on a part of the work, named in it
 import argparse
 import base64
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -333,6 +335,35 @@ def store_reads(images):
     return dict(work="one image's regions from disk, 50 x 2054", reference=m["tsv_read_seconds"], ours=m["store_read_seconds"], ratio=m["ratio"], copy_ratio=m["fill_ratio"])
 
 
+_IMPORT = """import json, sys, time
+from aladin.data.importing import import_data
+start = time.perf_counter()
+about = import_data([sys.argv[1]], sys.argv[2], progress=False, report=lambda line: None)
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])/2**10  # ru_maxrss begins with the parent's
+print(json.dumps(dict(seconds=time.perf_counter() - start, peak_mib=peak, regions=about["regions"])))"""
+
+
+def importing(images):
+    "aladin import of SCAN's layout, 36 regions of 2,048 float32, against a copy of the file; both until it is on disk, the source in memory."
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        source = Path(folder)/"precomp"
+        source.mkdir()
+        np.save(source/"train_ims.npy", np.random.default_rng(0).random((images, 36, 2048), np.float32))
+        (source/"train_ids.txt").write_text("".join(f"{i}\n" for i in range(images)))
+        (source/"train_caps.txt").write_text("".join(f"caption {k} of image {i}\n" for i in range(images) for k in range(5)))
+        os.sync()
+        def copy():
+            shutil.copyfile(source/"train_ims.npy", Path(folder)/"copy.npy")
+            with open(Path(folder)/"copy.npy", "rb") as f: os.fsync(f.fileno())
+        copy()  # the source is then in memory
+        seconds, _ = once(copy)
+        out = subprocess.run([sys.executable, "-c", _IMPORT, str(source), str(Path(folder)/"data")], stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = json.loads(out.splitlines()[-1])
+    megabytes = images*36*2048*4/1e6
+    return dict(work=f"import of {images:,} images in SCAN's layout, {megabytes/1000:.1f} GB", reference=seconds, ours=found["seconds"], ratio=seconds/found["seconds"],
+                megabytes_a_second=megabytes/found["seconds"], peak_mib=found["peak_mib"])
+
+
 def sampled(features, box, cells=14, scale=1/16):
     "ROIAlign of one box from its definition: the mean of bilinear samples, as many a cell as it has map cells."
     height,width = features.shape[2:]
@@ -435,7 +466,7 @@ def gpu():
 
 
 SECTIONS = dict(scores_200=lambda: scoring(200, 1), scores_1000=lambda: scoring(1000, 50), ranks_5000=lambda: matching_ranks(5000), batch_32=lambda: training_scores(32), batch_256=lambda: training_scores(256),
-                store=lambda: store_reads(300), encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), clip_tags=lambda: clip_tags(1000, 32),
+                store=lambda: store_reads(300), importing=lambda: importing(4000), encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), clip_tags=lambda: clip_tags(1000, 32),
                 step_padded=lambda: training_step(32, "padded"), step=lambda: training_step(32, "float32"),
                 step_bfloat16=lambda: training_step(32, "bfloat16"), detector=detector, gpu=gpu, detector_gpu=detector_gpu)
 LONG = dict(scores_5000=lambda: scoring(5000, 2500))
@@ -465,7 +496,7 @@ def markdown(rows, made):
         if "reference" not in r: continue
         more = [f"copied into a batch {r['copy_ratio']:.0f} times faster" if "copy_ratio" in r else "", f"{r['share_of_peak']*100:.0f} % of the matrix product's peak" if "share_of_peak" in r else "", f"{r['bfloat16_share_of_peak']*100:.0f} % of it in bfloat16" if "bfloat16_share_of_peak" in r else "", f"same results: {'yes' if r['equal'] else 'NO'}" if "equal" in r else "",
                 f"{r['process_mib']:,.0f} MiB in all" if "process_mib" in r else "", f"in bfloat16 {100*r['bfloat16_boxes']:.0f} % of the boxes, features off by {100*r['bfloat16_features']:.1f} %" if "bfloat16_boxes" in r else "",
-                f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
+                f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"{r['megabytes_a_second']:.0f} MB/s, at most {r['peak_mib']:.0f} MiB of memory; the reference is a copy of the file" if "megabytes_a_second" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
                 f"bfloat16 changes {100*r['bfloat16_ranks_changed']:.1f} % of the ranks" if "bfloat16_ranks_changed" in r else "", f"{r['seconds_a_pair']:.3f} s a pair" if "seconds_a_pair" in r else "",
                 f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", f"{r['different']:,} different sentences of {r['sentences']:,}; {seconds_text(r['later_epochs'])} in later epochs" if "later_epochs" in r else "", against_one_thread(r)]
         lines.append(f"| {r['work']} | {seconds_text(r['reference'])} | {seconds_text(r['ours'])} | {r['ratio']:.1f} | {seconds_text(r['bfloat16']) if 'bfloat16' in r else ''} | "

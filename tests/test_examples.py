@@ -18,17 +18,19 @@ import yaml
 
 from aladin.cli.command import COMMANDS
 from aladin.cli.main import main
+from aladin.data.encoders import make_encoder
 from aladin.data.extract import make_detector
 from aladin.data.scenes import write_scenes
 from aladin.files import resource_dir
 from aladin.runs.stages import prepare_data, prepare_scenes
+import import_formats
 from small_inputs import write_picture
 
 root = Path(__file__).resolve().parent.parent
 golden = root/"tests"/"golden"
 ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
-ORDER = ("prepare", "convert-detector", "extract", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
+ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
          "evaluate", "index", "search", "export", "search-study", "demo")
 
 
@@ -37,6 +39,21 @@ def runnable(line): return not any(part in line + "\n" for part in ELSEWHERE)
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_): pass
+
+
+def write_imports(folder):
+    "Regions and captions of other projects, under the names in the examples of import."
+    of = import_formats.pictures(8)
+    import_formats.write_precomp(folder/"f30k_precomp", of)
+    import_formats.write_lxmert(folder, of[4:])
+    (folder/"train2014_obj36.tsv").rename(folder/"val2014_obj36.tsv")
+    import_formats.write_lxmert(folder, of[:4])
+    import_formats.write_karpathy(folder, of).rename(folder/"dataset_coco.json")
+    (folder/"objects_vocab.txt").write_text("".join(f"class {i}\n" for i in range(6)))
+    import_formats.write_hdf5_volta(folder, of)
+    (folder/"boxes36.h5").rename(folder/"flickr30k_boxes36.h5")
+    import_formats.write_results_csv(folder, of)
+    for name, some in dict(train=of[:6], test=of[6:]).items(): (folder/f"{name}.txt").write_text("".join(f"{p.name}.jpg\n" for p in some))
 
 
 def write_manifest(path, port, name, content):
@@ -59,6 +76,7 @@ def world(tmp_path_factory):
     for i in range(4): write_picture(folder/"photos"/f"{i}.jpg", seed=i)
     (folder/"captions.csv").write_text("image,caption,split\n0.jpg,noise,train\n1.jpg,more noise,minival\n2.jpg,other noise,test\n")
     make_detector(folder/"models"/"detr")
+    make_encoder(folder/"models"/"vision_clip")
     for path in (golden/"v2"/"feats").glob("detic.*"): shutil.copy(path, folder)
     shutil.copy(golden/"v1"/"checkpoint.pth.tar", folder)
     shutil.copy(golden/"detector"/"weights.pth", folder/"vinvl_vg_x152c4.pth")
@@ -71,6 +89,7 @@ def world(tmp_path_factory):
     shutil.copytree(root/"results"/"reference"/"scenes", folder/"results"/"scenes")
     prepare_data(folder/"data", folder/"results"/"scenes"/"data", progress=False)
     shutil.copytree(folder/"model", folder/"results"/"scenes"/"alad-alignment-and-matching-distill"/"seed-88"/"model")
+    write_imports(folder)
     (folder/"queries.txt").write_text("a red fish\ntwo hats\n")
     return folder
 

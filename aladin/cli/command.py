@@ -99,8 +99,9 @@ def _argument(name, parameter, text):
     "Names and settings of one parameter for `ArgumentParser.add_argument`."
     kind,option = _parts(parameter.annotation)
     default,required = parameter.default,parameter.default is inspect.Parameter.empty
-    flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
-    about = dict(help=_help(text, default))
+    shown = name.rstrip("_").replace("_", "-")
+    flag = f"-{name}" if len(name) == 1 else f"--{shown}"
+    about = dict(help=_help(text, default)) | (dict(dest=name) if name.endswith("_") else {})
     if kind is bool: return [flag], about | dict(action="store_true")
     about |= _several(kind, option, required) if get_origin(kind) is list else _value(kind, option)
     if not required: about["default"] = list(default) if isinstance(default, tuple) else default

@@ -71,14 +71,57 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) in _ADMITTED: return _ADMITTED[module, name]
         raise pickle.UnpicklingError(f"{module}.{name}, which could run code")
 
+# %% ../../nbs/data/07_detections.ipynb #00e5c8c0
+class _ObjectType:
+    "Stands for the type `object` in the pickle of an array."
+    def __setstate__(self, state): pass
+
+class _ObjectList:
+    "Stands for the outer array of objects; keeps its elements in a list."
+    values = None
+
+    def __setstate__(self, state):
+        is_state = isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _ObjectType)
+        if not is_state or type(state[4]) is not list: raise pickle.UnpicklingError("an array of another type")
+        self.values = state[4]
+
+# %% ../../nbs/data/07_detections.ipynb #67091aea
+class _ListUnpickler(_PlainUnpickler):
+    "As `_PlainUnpickler`, for a pickle whose outermost object is an array of objects."
+    _began = False
+
+    def _start(self, kind, shape, typecode):
+        "The list in place of the first array; a plain array for all others."
+        if self._began: return _array(kind, shape, typecode)
+        self._began = True
+        return _ObjectList()
+
+    def find_class(self, module, name):
+        "The object that stands for a name in a pickle."
+        if name == "_reconstruct" and (module, name) in _ADMITTED: return self._start
+        if (module, name) == ("numpy", "dtype"): return _number_or_object
+        return super().find_class(module, name)
+
+# %% ../../nbs/data/07_detections.ipynb #9f18e576
+def _number_or_object(name, *flags):
+    "A number type, or the stand-in for `object`."
+    return _ObjectType() if name in ("O", "O8") else _number_type(name, *flags)
+
+def _unpickle_list(data):
+    "The elements of a pickled array of objects. Raises UnpicklingError for any other value."
+    found = _ListUnpickler(io.BytesIO(data)).load()
+    if type(found) is not _ObjectList or found.values is None: raise pickle.UnpicklingError("no array of objects")
+    return found.values
+
 # %% ../../nbs/data/07_detections.ipynb #52676f9b
 def plain_unpickle(
     data:bytes, # one pickle
     path, # the file it comes from, for messages
     row:str, # which entry, for messages
+    as_list:bool=False, # whether the pickle is an array of objects, which is read as a list of plain values
 ): # the value
     "Read a pickle of plain data. Raises `InputError` for anything that could run code, before it runs."
-    try: return _PlainUnpickler(io.BytesIO(data)).load()
+    try: return _unpickle_list(data) if as_list else _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as e:
         expected = "a pickle of numbers, text, lists, dicts and NumPy arrays"
         fix = "do not use this file, or ask its owner for another form"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BOX_ORDERS', 'TsvFile', 'offsets_of', 'Attributes', 'Detections', 'read_detections', 'check_detections',
            'box_geometry', 'region_boxes', 'read_box_order', 'Regions', 'TsvRegions', 'RegionStore', 'map_array',
-           'check_offsets', 'write_store', 'report_empty', 'open_regions', 'in_box_order', 'convert_regions',
-           'write_tsv', 'region_tags']
+           'check_offsets', 'finish_store', 'write_store', 'report_empty', 'open_regions', 'in_box_order',
+           'convert_regions', 'write_tsv', 'region_tags']
 
 # %% ../../nbs/data/02_regions.ipynb #cf11aa70
 import base64, binascii, hashlib, json, os
@@ -334,6 +334,8 @@ class Regions:
     dim:int # width of a region vector, with the six box numbers at its end
     empty:list=[] # ids of images in which the detector found nothing; they are not among `ids`
     detections:Detections # boxes and tags
+    has_boxes:bool=True # False: the six box numbers of every region are 0, because the source has no boxes
+    has_tags:bool=True # False: no image has tags, because the source has no class names
 
     @cached_property
     def box_order(self)->str|None:
@@ -524,6 +526,7 @@ class RegionStore(Regions):
         self.info = _read_store_info(self.path)
         self.dim, self.dtype = self.info["dim"], np.dtype(self.info["dtype"])
         self.empty = self.info.get("empty", [])
+        self.has_boxes, self.has_tags = (self.info.get(key, True) is not False for key in ("has_boxes", "has_tags"))
         self.ids, names = _read_names(self.path/"ids.json"), _read_names(self.path/"tags.json")
         a = _map_store(self.path, self.info, len(self.ids))
         self._regions, self._offsets = a["regions"], a["offsets"]
@@ -708,15 +711,15 @@ def _write_regions(source, path, dtype, progress):
     return counts, digest.hexdigest()
 
 # %% ../../nbs/data/02_regions.ipynb #52e8127b
-def write_store(
-    source:Regions, # what to store
-    folder:Path, # an existing, empty folder
+def finish_store(
+    source:Regions, # what is stored; its vectors are already in `folder`
+    folder:Path, # holds regions.npy
     dtype:np.dtype, # number format of the region vectors
-    progress:bool, # show a progress bar?
+    counts:list, # regions of each image
+    digest:str, # SHA-256 of the vectors, hexadecimal
 ):
-    "Write every file of a store into `folder`, store.json last."
+    "Write all files of a store but regions.npy, store.json last."
     detections = source.detections.take(source.ids)
-    counts, digest = _write_regions(source, folder/"regions.npy", dtype, progress)
     arrays = dict(offsets=offsets_of(counts), **detections.arrays())
     for name, value in arrays.items(): np.save(folder/f"{name}.npy", value)
     for name, value in dict(ids=source.ids, **detections.name_lists()).items():
@@ -727,7 +730,19 @@ def write_store(
                 files={p.name: p.stat().st_size for p in sorted(folder.iterdir())})
     if source.empty: info["empty"] = list(source.empty)
     if source.box_order: info["box_order"] = source.box_order
+    info |= {key: False for key in ("has_boxes", "has_tags") if not getattr(source, key)}
     (folder/"store.json").write_text(json.dumps(info, indent=1) + "\n")
+
+# %% ../../nbs/data/02_regions.ipynb #52e8127c
+def write_store(
+    source:Regions, # what to store
+    folder:Path, # an existing, empty folder
+    dtype:np.dtype, # number format of the region vectors
+    progress:bool, # show a progress bar?
+):
+    "Write every file of a store into `folder`, store.json last."
+    counts, digest = _write_regions(source, folder/"regions.npy", dtype, progress)
+    finish_store(source, folder, dtype, counts, digest)
 
 # %% ../../nbs/data/02_regions.ipynb #da9d4688
 def report_empty(

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from ..files import InputError, read_json
 from .authors import AladinModel # the class with its method from_original
+from .configuration import missing_inputs
 
 # %% ../../nbs/model/07_card.ipynb #a1762fa8
 def _figures(metrics):
@@ -52,7 +53,7 @@ captions = model.encode_captions(["a red fish above a green cactus"])
 
 Images are region vectors of {region_dim} numbers, from the detector whose regions the model was trained with, at most
 {max_regions} for each image. Tags and captions have at most {max_tokens} tokens of a vocabulary of {vocab_size:,}.
-Settings: {settings}.
+{missing}Settings: {settings}.
 
 ## Figures
 
@@ -80,9 +81,10 @@ def model_card(
     settings = ", ".join(f"{k} {v}" for k, v in vars(c.settings).items() if v not in ("", False))
     figures = _figures(metrics) if metrics else "None were recorded."
     source = f"hub:{name}" if "/" in name else name
+    missing = "".join(f"The training data have no {part}. " for part in missing_inputs(c))
     sizes = {k: getattr(c, k) for k in ("region_dim", "max_regions", "max_tokens", "vocab_size")}
     return _CARD.format(name=name.split("/")[-1], source=source, layers=c.num_hidden_layers, width=c.hidden_size,
-                        settings=settings, figures=figures, **sizes)
+                        settings=settings, figures=figures, missing=missing, **sizes)
 
 # %% ../../nbs/model/07_card.ipynb #5200b0e2
 @patch

@@ -23,7 +23,7 @@ from ..data.detections import convert_detections
 from ..data.processor import AladinProcessor
 from ..data.splits import open_split, regions_folder
 from ..data.scenes import write_scenes
-from ..model.configuration import config_for_split
+from ..model.configuration import config_for_split, missing_inputs
 from ..model.model import (
     AladinModel, load_model, save_model, start_from_teacher, start_from_text_model)
 from ..training.processes import Processes
@@ -300,6 +300,7 @@ def evaluate_run(
     heads = trained_heads(config.loss.terms)
     metrics |= _head_metrics(data, embeddings.to(device), heads, bank.to(device), progress)
     metrics |= dict(images=len(test.image_ids), captions=len(test))
+    if missing_inputs(model.config): metrics["without"] = missing_inputs(model.config)
     metrics |= dict(parameters=sum(p.numel() for p in model.parameters()))
     metrics |= {k: training[k] for k in ("best_step", "minival", "train_seconds")}
     metrics |= dict(evaluate_seconds=round(time.perf_counter()-start, 1), seed=config.seed)

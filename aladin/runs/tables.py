@@ -19,6 +19,7 @@ def _run_rows(run, number):
     try:
         about = dict(data=run["data"], configuration=run["configuration"], seed=run["seed"])
         about["seconds"] = run.get("train_seconds")
+        about["without"] = ", ".join(run.get("without", ())) # boxes, tags
         recalls = {h: {name: m[way][k] for name,(way,k) in _METRICS.items()} for h,m in run["heads"].items()}
         return [about | dict(head=h, rsum=m["rsum"]) | recalls[h] for h,m in run["heads"].items()]
     except KeyError as e:
@@ -43,7 +44,8 @@ def results_table(
     groups,columns = rows.astype(dict(seconds=float)).groupby(key, sort=False),[*_METRICS, "rsum"]
     table = groups[columns].mean()
     if groups.size().max() > 1: table = table.join(groups[columns].std().add_suffix(" ±"))
-    return table.assign(**{"seeds": groups.size(), "train seconds": groups["seconds"].mean()})
+    table = table.assign(**{"seeds": groups.size(), "train seconds": groups["seconds"].mean()})
+    return table.assign(without=groups["without"].first()) if rows["without"].any() else table
 
 # %% ../../nbs/runs/01_tables.ipynb #3ee586d6
 def markdown_table(
@@ -59,6 +61,7 @@ def markdown_table(
 def _cell(row, column):
     "One value as text, with its deviation where there is one."
     value,spread = row[column],row.get(f"{column} ±")
+    if isinstance(value, str): return value
     if pd.isna(value): return "-"
     if column == "seeds": return f"{value:.0f}"
     return f"{value:.1f}" if spread is None or pd.isna(spread) else f"{value:.1f} ± {spread:.1f}"
