@@ -105,7 +105,19 @@ def judged_positives(
     images,captions = rows
     return group_pairs(images, captions, table.relevance), group_pairs(captions, images, table.relevance)
 
-# %% ../../nbs/evaluation/06_graded.ipynb #2d59b195
+# %% ../../nbs/evaluation/06_graded.ipynb #d4d24295
+def _counts(levels, values):
+    "How many values are above each level, and how many are at it or above; levels ascending, [rows, levels]."
+    rows,most = levels.shape
+    out = []
+    for right in (False, True):
+        below = torch.searchsorted(levels, values, right=right) # levels below each value, or up to it
+        there = torch.zeros(rows, most + 1, dtype=torch.int64, device=levels.device)
+        there.scatter_add_(1, below, torch.ones_like(below))
+        out.append(there.flip(1).cumsum(1).flip(1)[:, 1:])
+    return out
+
+# %% ../../nbs/evaluation/06_graded.ipynb #d227e4c2
 NEVER = 2**40 # rank of a positive that the test set lacks
 
 def strip_ranks(
@@ -116,18 +128,15 @@ def strip_ranks(
     there = candidates >= 0
     level = scores.gather(1, candidates.clamp(min=0)).masked_fill(~there, -torch.inf)
     level,place = level.sort(dim=1, descending=True, stable=True)
-    there = there.gather(1, place)
-    ordered,positives = scores.sort(1).values,level.flip(1)
-    def counts(values): # number of values above each level, and equal to it
-        above = torch.searchsorted(values, level, right=True)
-        return values.shape[1] - above,above - torch.searchsorted(values, level)
-    better,equal = counts(ordered)
-    better_right,equal_right = counts(positives.contiguous())
+    rising = level.flip(1).contiguous()
+    above,reached = (o.flip(1) for o in _counts(rising, scores.contiguous()))
+    above_right,reached_right = (o.flip(1) for o in _counts(rising, rising))
+    wrong = (reached - above) - (reached_right - above_right) # wrong candidates with the score of each positive
     nth = torch.arange(level.shape[1], device=level.device)
-    ranks = better + (equal - equal_right)//2 + nth - better_right
-    return ranks.masked_fill(~there, NEVER),place
+    ranks = above + wrong//2 + nth - above_right
+    return ranks.masked_fill(~there.gather(1, place), NEVER),place
 
-# %% ../../nbs/evaluation/06_graded.ipynb #b4537f5d
+# %% ../../nbs/evaluation/06_graded.ipynb #c8cacc1c
 def score_strips(
     tiles, # blocks of scores, from the method `tiles` of `Embeddings` or `Similarity`
     by:str, # whose rows are the queries: images or captions
@@ -149,7 +158,7 @@ def score_strips(
         check_scores_finite(scores)
         yield rows[kept],scores
 
-# %% ../../nbs/evaluation/06_graded.ipynb #4ce78a4d
+# %% ../../nbs/evaluation/06_graded.ipynb #6dda837f
 def _padded(positives, at):
     "Candidates of some queries, [queries, most], -1 where there is none."
     starts,counts = positives.offsets[at],positives.counts[at]
@@ -175,7 +184,7 @@ def positive_ranks(
             relevance[start:start+count] = positives.relevance[start + p[here]]
     return ranks,relevance
 
-# %% ../../nbs/evaluation/06_graded.ipynb #804b370e
+# %% ../../nbs/evaluation/06_graded.ipynb #f0ccaa23
 def _mean_ndcg(positives, ranks, relevance, k):
     "Mean NDCG@k, a thousand queries at a time: a table of relevances with zeros for the first k places at its end."
     total,counts = 0,positives.counts
@@ -192,7 +201,7 @@ def _mean_ndcg(positives, ranks, relevance, k):
         total += ndcg(table, ranking).sum()
     return float(total/len(counts))
 
-# %% ../../nbs/evaluation/06_graded.ipynb #0f53d499
+# %% ../../nbs/evaluation/06_graded.ipynb #8886a56f
 def graded_measures(
     positives:Positives, # of some queries
     ranks:np.ndarray, # of the positives, 0-based, ascending in each query
@@ -210,7 +219,7 @@ def graded_measures(
     own = dict(map_at_r=100*float(average.mean()), r_precision=100*float(precision.mean()))
     return own | recalls | dict(ndcg=100*_mean_ndcg(positives, ranks, relevance, k), queries=len(counts))
 
-# %% ../../nbs/evaluation/06_graded.ipynb #d4d9d9f8
+# %% ../../nbs/evaluation/06_graded.ipynb #3d34138d
 def graded_metrics(
     source, # `Embeddings` or `Similarity`
     positives:tuple, # of the images and of the captions, such as `judged_positives` returned
