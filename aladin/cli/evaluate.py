@@ -160,6 +160,8 @@ def _protocols(source, head, protocol, table, objects, relevance, memory):
     print(f"{len(source.image_ids):,} images, {len(source.caption_image):,} captions\n")
     print(markdown_table(protocols_table(found, len(source.image_ids)), 2))
     print(TIES)
+    if table is None and any("skipped" not in found.get(name, dict(skipped=0)) for name in ("eccv", "cxc")):
+        print("Caption ids: an image's captions are taken in the order of COCO's ids; --ids gives another order.")
     for name,measures in found.items():
         if "skipped" in measures: print(f"{name} left out: {measures['skipped']}")
     return dict(protocols=found, ties=TIES)
@@ -328,10 +330,10 @@ def compare(
     for path,own in zip((first, second), heads): _check_head(path, own)
     a,b,owner = paired_ranks(open_scores(first, table), open_scores(second, table), heads, memory)
     found = compare_ranks(a, b, owner, samples, seed)
-    print(f"first: {first}, {heads[0]} head; second: {second}, {heads[1]} head; {len(a[0]):,} images,"
-          f" {len(owner):,} captions\n")
+    names = [p if p.endswith(".npy") else f"{p}, {own} head" for p,own in zip((first, second), heads)]
+    print(f"first: {names[0]}\nsecond: {names[1]}\n{len(a[0]):,} images, {len(owner):,} captions\n")
     print(markdown_table(_comparison_lines(found), 1))
     print(f"Difference: second minus first, in points. Interval and p: {samples:,} bootstrap samples of images, each"
           f" with its captions, seed {seed}. {TIES}")
     if json: write_json(json, [{k: v for k,v in row.items() if v == v} for row in found.to_dict("records")])
-    if figure: plot_comparison(found, first, second, figure)
+    if figure: plot_comparison(found, *names, figure)

@@ -107,15 +107,16 @@ def judged_positives(
 
 # %% ../../nbs/evaluation/06_graded.ipynb #d4d24295
 def _counts(levels, values):
-    "How many values are above each level, and how many are at it or above; levels ascending, [rows, levels]."
-    rows,most = levels.shape
-    out = []
-    for right in (False, True):
-        below = torch.searchsorted(levels, values, right=right) # levels below each value, or up to it
-        there = torch.zeros(rows, most + 1, dtype=torch.int64, device=levels.device)
-        there.scatter_add_(1, below, torch.ones_like(below))
-        out.append(there.flip(1).cumsum(1).flip(1)[:, 1:])
-    return out
+    "How many values are above each level, and how many are equal to it; levels ascending, both [rows, levels]."
+    infinite = torch.full_like(levels[:, :1], torch.inf)
+    below = torch.searchsorted(levels, values) # number of levels below each value: the place of one that equals it
+    equals = torch.cat([levels, infinite], 1).gather(1, below) == values
+    there = torch.zeros(len(levels), levels.shape[1] + 1, dtype=torch.int64, device=levels.device)
+    equal = torch.zeros_like(there)
+    there.scatter_add_(1, below, torch.ones_like(below))
+    equal.scatter_add_(1, below, equals.long())
+    above = there.flip(1).cumsum(1).flip(1)[:, 1:]
+    return above,equal.gather(1, torch.searchsorted(levels, levels)) # equal levels share the first one's count
 
 # %% ../../nbs/evaluation/06_graded.ipynb #d227e4c2
 NEVER = 2**40 # rank of a positive that the test set lacks
@@ -129,9 +130,9 @@ def strip_ranks(
     level = scores.gather(1, candidates.clamp(min=0)).masked_fill(~there, -torch.inf)
     level,place = level.sort(dim=1, descending=True, stable=True)
     rising = level.flip(1).contiguous()
-    above,reached = (o.flip(1) for o in _counts(rising, scores.contiguous()))
-    above_right,reached_right = (o.flip(1) for o in _counts(rising, rising))
-    wrong = (reached - above) - (reached_right - above_right) # wrong candidates with the score of each positive
+    above,equal = (o.flip(1) for o in _counts(rising, scores.contiguous()))
+    above_right,equal_right = (o.flip(1) for o in _counts(rising, rising))
+    wrong = equal - equal_right # wrong candidates with the score of each positive
     nth = torch.arange(level.shape[1], device=level.device)
     ranks = above + wrong//2 + nth - above_right
     return ranks.masked_fill(~there.gather(1, place), NEVER),place
