@@ -56,7 +56,7 @@ def test_grids(kind, photos, encoders, tmp_path):
 
 def test_without_tags_to_search(photos, encoders, tmp_path, capsys):
     "Regions without tags are encoded, indexed, searched and shown."
-    extracted(photos, tmp_path/"data", "--encoder", encoders/"dinov2")
+    assert not extracted(photos, tmp_path/"data", "--encoder", encoders/"dinov2").has_tags
     torch.manual_seed(0)
     processor = AladinProcessor.from_pretrained(resource_dir("demo")/"model")
     model = AladinModel(AladinConfig(vocab_size=len(processor.tokenizer), region_dim=38, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).eval()

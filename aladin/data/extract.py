@@ -223,6 +223,7 @@ class _Extracted(Regions):
         self.detections = Detections(work, self.ids, offsets_of(tagged), list(names), codes, **joined)
         check_detections(self.detections)
         self._index,self.dim = self.detections._index,self.features(self.ids[0]).shape[1]
+        self.has_tags = any(tagged)
 
     def _part(self, number):
         "A part's file; the last one stays in memory."
