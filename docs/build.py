@@ -110,7 +110,7 @@ def stage_reference(stage):
     (out/"manifests.md").write_text(manifests(), encoding="utf-8")
     pages = [p for p in sorted((docs/"pages").glob("*.md")) if p.stem != "home"]
     for path in pages: (out/path.name).write_text(link_names(fix_links(path.read_text(encoding="utf-8"), path, "../", staged), "../"), encoding="utf-8")
-    section(out, "Reference", "How to search, train and run at any scale; what the files look like and where they come from; how the package differs from the authors' code and from others.", ["manifests", *[p.stem for p in pages]],
+    section(out, "Reference", "How to search, evaluate, train and run at any scale; what the files look like and where they come from; how the package differs from the authors' code and from others.", ["manifests", *[p.stem for p in pages]],
             ["- [Manifests](manifests.md): what each data set and checkpoint consists of", *[listing(p, p.name) for p in pages]])
 
 
@@ -125,7 +125,7 @@ def stage_home(stage):
     shown = read_json(docs/"pairs.json")
     table = (root/"results"/"reference"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
     pages = {"tutorials/index": "one task each, from start to end", "guide": "the README", "explore": "the explorer in JupyterLab", "modules/index": "each part of the package, explained, with its API",
-             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "search, training, runs, speed, file formats, differences from the authors' code, glossary"}
+             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "search, evaluation, training, runs, speed, file formats, differences from the authors' code, glossary"}
     if not TUTORIALS: del pages["tutorials/index"]
     fill = dict(title=cells[0], intro=cells[1].partition("\n\n")[0].strip(), first=between(cells[1], "## The first minute", "## Two commands"),
                 commands=between(cells[1], "## Two commands", "## Search your own"), table=table,

@@ -13,6 +13,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -21,7 +22,10 @@ from aladin.cli.main import main
 from aladin.data.encoders import make_encoder
 from aladin.data.extract import make_detector
 from aladin.data.scenes import write_scenes
+from aladin.data.splits import open_split
+from aladin.evaluation.embeddings import encode_split, save_embeddings
 from aladin.files import resource_dir
+from aladin.model.model import load_model
 from aladin.runs.stages import prepare_data, prepare_scenes
 import import_formats
 from small_inputs import write_picture
@@ -31,7 +35,7 @@ golden = root/"tests"/"golden"
 ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
 ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
-         "evaluate", "index", "search", "export", "search-study", "demo")
+         "evaluate", "compare", "index", "search", "export", "search-study", "demo")
 
 
 def runnable(line): return not any(part in line + "\n" for part in ELSEWHERE)
@@ -63,6 +67,17 @@ def write_manifest(path, port, name, content):
     path.write_text(yaml.safe_dump(about))
 
 
+def write_scores(folder, runs):
+    "The test images' embeddings in two run folders, and another model's scores with ids and judged pairs."
+    model = load_model(folder/"model")
+    encoded = encode_split(model, open_split(folder/"coco_ir", "test", model.checked_processor(), folder/"coco_ir"/"regions"), progress=False)
+    for run in runs: save_embeddings(encoded, folder/"results"/"scenes"/run/"seed-88"/"embeddings.safetensors")
+    images = [encoded.image_ids[i] for i in encoded.caption_image.tolist()]
+    np.save(folder/"scores.npy", np.random.default_rng(0).standard_normal((len(encoded.image_ids), len(images)), dtype=np.float32))
+    (folder/"ids.csv").write_text("image,caption\n" + "".join(f"{image},{c}\n" for c,image in enumerate(images)))
+    (folder/"judged.csv").write_text("image,caption,relevance\n" + "".join(f"{image},{c},1\n" for c,image in enumerate(images)))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "A working folder with everything that the examples name."
@@ -91,6 +106,7 @@ def world(tmp_path_factory):
     shutil.copytree(folder/"model", folder/"results"/"scenes"/"alad-alignment-and-matching-distill"/"seed-88"/"model")
     write_imports(folder)
     (folder/"queries.txt").write_text("a red fish\ntwo hats\n")
+    write_scores(folder, ("alad-alignment-and-matching-distill", "alad-matching-distill-finetune"))
     return folder
 
 

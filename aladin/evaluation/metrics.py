@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['image_to_text_ranks', 'text_to_image_ranks', 'rank_metrics', 'ranks_metrics', 'check_scores_finite',
-           'retrieval_metrics', 'retrieval_ranks', 'evaluate_embeddings', 'evaluate_model', 'fold_metrics',
-           'bootstrap_intervals']
+           'retrieval_metrics', 'tile_ranks', 'retrieval_ranks', 'evaluate_embeddings', 'evaluate_model',
+           'fold_metrics', 'bootstrap_intervals']
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #fd7c4ea2
 import time
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .embeddings import Embeddings, encode_split
-from .scoring import hubness, ScoreTiles
+from .scoring import hubness
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #f82ea059
 def image_to_text_ranks(
@@ -76,7 +76,7 @@ def retrieval_metrics(
 # %% ../../nbs/evaluation/02_metrics.ipynb #13cf81f6
 def _right_scores(tiles, owner):
     "The diagonal tiles, the cells of right pairs in each, and the score to beat of each image and of each caption."
-    best = torch.full((len(tiles.embeddings.image_ids),), -torch.inf, device=owner.device)
+    best = torch.full((len(tiles.image_ids),), -torch.inf, device=owner.device)
     right = torch.zeros(len(owner), device=owner.device)
     kept,own = [],[]
     for a,(images,captions) in enumerate(zip(tiles.image_rows, tiles.caption_rows)):
@@ -88,19 +88,15 @@ def _right_scores(tiles, owner):
     return kept,own,best,right
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #9383e413
-def retrieval_ranks(
-    embeddings:Embeddings, # an encoded split
-    head:str="alignment", # alignment or matching
-    memory:float=1.0, # GiB that it may take beyond the embeddings
-    dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16
+def tile_ranks(
+    tiles, # blocks of scores, from the method `tiles` of `Embeddings` or of another source
     progress:bool=False, # show a progress bar
-    hubness:tuple|None=None, # that `hubness` returned, to subtract
 )->tuple: # ranks of the images that have captions and of the captions [captions], 0-based arrays
     """Ranks of both directions from one pass over the scores, by counting; the matrix is never whole in memory.
 
-    Raises `InputError` for embeddings without images or without captions, FloatingPointError for scores of NaN."""
-    tiles,owner = ScoreTiles(embeddings, head, memory, dtype, hubness),embeddings.caption_image
-    bar = tqdm(total=len(tiles)**2, desc=head, disable=not progress)
+    Raises FloatingPointError for scores of NaN."""
+    owner = tiles.caption_image
+    bar = tqdm(total=len(tiles)**2, desc=tiles.head, disable=not progress)
     kept,own,best,right = _right_scores(tiles, owner)
     def zeros(): return [torch.zeros(len(o), dtype=torch.int64, device=owner.device) for o in (best, right)]
     better,equal = zeros(),zeros() # of images, of captions
@@ -117,6 +113,20 @@ def retrieval_ranks(
     bar.close()
     i2t,t2i = (b + e//2 for b,e in zip(better, equal))
     return i2t[torch.bincount(owner, minlength=len(i2t)) > 0].cpu().numpy(),t2i.cpu().numpy()
+
+# %% ../../nbs/evaluation/02_metrics.ipynb #7c3e90d1
+def retrieval_ranks(
+    embeddings:Embeddings, # an encoded split, or another source of scores
+    head:str="alignment", # alignment or matching
+    memory:float=1.0, # GiB that it may take beyond the embeddings
+    dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16
+    progress:bool=False, # show a progress bar
+    hubness:tuple|None=None, # that `hubness` returned, to subtract
+)->tuple: # as `tile_ranks`
+    """Ranks of both directions; see `tile_ranks`.
+
+    Raises `InputError` for embeddings without images or without captions, FloatingPointError for scores of NaN."""
+    return tile_ranks(embeddings.tiles(head, memory, dtype, hubness), progress)
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #19955099
 def evaluate_embeddings(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write, InputError
 from .embeddings import Embeddings
-from .scoring import score_matrix, ScoreTiles
+from .scoring import score_matrix
 from .metrics import check_scores_finite
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #bdb822dc
@@ -106,14 +106,14 @@ def caption_relevance(
 
 # %% ../../nbs/evaluation/03_relevance.ipynb #ced5401e
 def top_ranked(
-    embeddings:Embeddings, # an encoded split
+    embeddings:Embeddings, # an encoded split, or another source of scores
     head:str="alignment", # alignment or matching
     k:int=25, # candidates of each query
     memory:float=1.0, # GiB that it may take beyond the embeddings
     progress:bool=False, # show a progress bar
 )->tuple: # captions of each image, int64 [images, k], and images of each caption, int64 [captions, k], best first
     "The best candidates of both directions from one pass over the scores."
-    tiles,owner = ScoreTiles(embeddings, head, memory),embeddings.caption_image
+    tiles,owner = embeddings.tiles(head, memory),embeddings.caption_image
     images,captions = len(embeddings.image_ids),len(owner)
     shapes = (images, min(k, captions)),(captions, min(k, images))
     best = [torch.full(shape, -torch.inf, device=owner.device) for shape in shapes]

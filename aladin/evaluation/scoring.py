@@ -30,6 +30,7 @@ class ScoreTiles:
         _check_head(head)
         e = self.embeddings = check_not_empty(embeddings)
         self.head,self.hubness = head,hubness
+        self.image_ids,self.caption_image = e.image_ids,e.caption_image
         self.order = e.caption_image.argsort(stable=True) # captions by their image
         alignment = head == "alignment"
         sides = (e.regions.values, e.words.values) if alignment else (e.image_matching, e.caption_matching)
@@ -83,6 +84,17 @@ def __getitem__(self:ScoreTiles,
     else: scores = alignment_scores(images, captions, e.aggregation, e.clamp, self.width, self.length)
     if self.hubness is None: return scores
     return scores - (self.hubness[0][image_rows, None] + self.hubness[1][caption_rows])/2
+
+# %% ../../nbs/evaluation/01_scoring.ipynb #5b1d7c20
+@patch
+def tiles(self:Embeddings,
+    head:str="alignment", # alignment or matching
+    memory:float=1.0, # GiB that scoring may take beyond the embeddings
+    dtype:torch.dtype|None=None, # compare rounded vectors, e.g. torch.bfloat16; as they are when not given
+    hubness:tuple|None=None, # that `hubness` returned: half of both is subtracted from each score
+)->ScoreTiles:
+    "The scores in blocks. Other sources of scores have the same method."
+    return ScoreTiles(self, head, memory, dtype, hubness)
 
 # %% ../../nbs/evaluation/01_scoring.ipynb #bbe76ea2
 def score_matrix(
