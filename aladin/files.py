@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
-           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'new_array_file', 'Lock', 'locked', 'report',
-           'describe_format', 'read_text', 'write_json', 'read_json', 'read_yaml', 'resource_dir', 'beside',
-           'remove_parts', 'write_part', 'read_part']
+           'check_output_dir', 'atomic_dir', 'install', 'reserve', 'write_array_header', 'new_array_file', 'Lock',
+           'locked', 'report', 'describe_format', 'read_text', 'is_text', 'write_json', 'read_json', 'read_yaml',
+           'resource_dir', 'beside', 'remove_parts', 'write_part', 'read_part']
 
 # %% ../nbs/00_files.ipynb #cb3ed048
 import codecs, ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
@@ -272,6 +272,16 @@ def reserve(
         found = f"{os.strerror(e.errno)}, {free:,} bytes free"
         raise InputError(path, "disk", f"room for {size:,} bytes", found, "make room, or choose another disk") from None
 
+# %% ../nbs/00_files.ipynb #b77ac785
+def write_array_header(
+    f, # file, open for writing bytes
+    dtype, # type of the numbers
+    shape:tuple, # shape of the array
+):
+    "Write the header of a .npy file at the current position; NumPy pads it, so a later one fits into its place."
+    header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=tuple(shape))
+    np.lib.format.write_array_header_1_0(f, header)
+
 # %% ../nbs/00_files.ipynb #1c806132
 def new_array_file(
     path, # the .npy file to make
@@ -281,8 +291,7 @@ def new_array_file(
     "Make a .npy file of zeros with its disk space reserved. Raises `InputError` where the disk is too small."
     dtype = np.dtype(dtype)
     with open(path, "wb") as f:
-        header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=tuple(shape))
-        np.lib.format.write_array_header_1_0(f, header)
+        write_array_header(f, dtype, shape)
         f.flush()
         reserve(path, f.fileno(), f.tell() + dtype.itemsize*int(np.prod(shape)))
     return np.load(path, mmap_mode="r+" if np.prod(shape) else None)
@@ -405,6 +414,15 @@ def read_text(
     except UnicodeDecodeError as e:
         fix = "choose another file, or save this one as UTF-8"
         raise InputError(path, f"byte {e.start}", f"{what}, in UTF-8", describe_format(path), fix) from None
+
+# %% ../nbs/00_files.ipynb #a2b64c5b
+def is_text(
+    text:str, # any string
+)->bool:
+    "Whether a string can be written as UTF-8."
+    try: text.encode("utf-8")
+    except UnicodeEncodeError: return False
+    return True
 
 # %% ../nbs/00_files.ipynb #7b8004e9
 def _plain(value):

@@ -13,11 +13,11 @@ from pathlib import PurePosixPath
 
 from fastcore.basics import patch
 
-from ..files import InputError, read_json, read_text
+from ..files import InputError, is_text, read_json, read_text
 from .formats import read_caption_file
 from .pictures import picture_endings
 from .readers import (
-    caption_reader, CaptionReader, image_id, ImageCaptions, is_text, need_package, read_lines)
+    caption_reader, CaptionReader, image_id, ImageCaptions, need_package, read_lines)
 
 # %% ../../nbs/data/18_caption_readers.ipynb #857775ea
 class _Gathered:

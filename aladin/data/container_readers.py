@@ -15,9 +15,8 @@ from fastcore.basics import patch
 from ..files import InputError
 from .array_readers import mmf_features, uniter_features
 from .detections import plain_unpickle
-from aladin.data.readers import (
-    feature_reader, FeatureReader, ImageFeatures, need_package, number_array, picture_size,
-    read_npz, stem)
+from .readers import feature_reader, FeatureReader, ImageFeatures
+from .readers import need_package, number_array, picture_size, read_npz, stem
 
 # %% ../../nbs/data/17_container_readers.ipynb #944c3c40
 def _files_of(path, endings):
@@ -194,6 +193,7 @@ def _member(group, name):
         raise InputError(path, where, "HDF5", f"{type(e).__name__}: {e}", "copy the file again") from None
     if inside: return found
     raise InputError(path, where, "numbers in the file itself", "a link", "store the numbers in this file")
+
 def _names(group):
     "The names of the members of a group, without following links."
     try: return list(group)

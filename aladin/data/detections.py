@@ -153,7 +153,7 @@ class DeticShelve(Regions):
     def fingerprint(self)->str: # 16 hexadecimal digits
         "A digest that changes with boxes, classes and confidences."
         digest = hashlib.sha256(repr([self.ids, self.detections.names, self.dim]).encode())
-        for a in self.detections.arrays().values(): digest.update(np.ascontiguousarray(a))
+        self.detections.hash_into(digest)
         return digest.hexdigest()[:16]
 
 # %% ../../nbs/data/07_detections.ipynb #0b105bfd

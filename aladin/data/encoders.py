@@ -229,7 +229,7 @@ class StoredBoxes:
         self.found = read_detections(path)
         about = [self.found.ids, self.found.names]
         digest = hashlib.sha256(json.dumps(about).encode())
-        for a in self.found.arrays().values(): digest.update(np.ascontiguousarray(a))
+        self.found.hash_into(digest)
         self.fingerprint = digest.hexdigest()[:16]
 
     def of_images(self,

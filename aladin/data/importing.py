@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 import aladin
 from ..files import (
-    atomic_dir, beside, check_output_dir, InputError, locked, read_part, remove_parts, write_json, write_part)
+    atomic_dir, beside, check_output_dir, InputError, is_text, locked, read_part, remove_parts, write_array_header,
+    write_json, write_part)
 from . import array_readers, caption_readers, container_readers # noqa: F401 (they fill the registries)
 from .formats import split_captions
 from .pairing import assign_splits, check_missing, merge_captions, pair, parse_splits, SplitRules, SPLITS
 from .pictures import find_pictures, picture_formats
 from .readers import (
-    CAPTION_READERS, coco_number, detect, FEATURE_READERS, FeatureReader, is_text, Notes, source_digest, stem)
+    CAPTION_READERS, coco_number, detect, FEATURE_READERS, FeatureReader, Notes, source_digest, stem)
 from .regions import BOX_ORDERS, check_detections, Detections, finish_store, offsets_of, Regions
 from .store_rows import read_classes, RowMaker
 
@@ -261,8 +262,7 @@ class _Rows:
     def _header(self):
         "Write the header of a .npy file with the rows so far."
         self._file.seek(0)
-        about = dict(descr=self.maker.dtype.str, fortran_order=False, shape=(sum(self.counts), self.maker.dim))
-        np.lib.format.write_array_header_1_0(self._file, about)
+        write_array_header(self._file, self.maker.dtype, (sum(self.counts), self.maker.dim))
 
     def resume(self, number):
         "The content of a finished part, or None."
@@ -326,7 +326,7 @@ class _Imported(Regions):
         self.has_boxes, self.has_tags = maker.has_boxes, bool(numbers)
         self.box_order = BOX_ORDERS[0] if self.has_boxes else None # height before width
         about = hashlib.sha256(json.dumps([self.ids, list(numbers), counts.tolist(), digest]).encode())
-        for a in self.detections.arrays().values(): about.update(np.ascontiguousarray(a))
+        self.detections.hash_into(about)
         self.fingerprint = about.hexdigest()[:16]
 
 # %% ../../nbs/data/21_importing.ipynb #4ed08acc

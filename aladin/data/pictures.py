@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from ..files import InputError, read_json
+from ..files import InputError, is_text, read_json
 
 # %% ../../nbs/data/01_pictures.ipynb #a70bdb50
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} # not decoded, not a picture, or run by another program
@@ -124,15 +124,8 @@ def _walk(folder, passed):
             if end in unread: passed["unread"].append(inside(name))
             elif end not in endings: continue
             elif name[0] == ".": passed["hidden"].append(inside(name))
-            elif not _is_text(inside(name)): passed["names"].append(inside(name))
+            elif not is_text(inside(name)): passed["names"].append(inside(name))
             elif os.path.isfile(os.path.join(at, name)): yield Path(at)/name
-
-# %% ../../nbs/data/01_pictures.ipynb #c88068ac
-def _is_text(name):
-    "True if a file name can be written as UTF-8."
-    try: name.encode()
-    except UnicodeEncodeError: return False
-    return True
 
 # %% ../../nbs/data/01_pictures.ipynb #a8aa8fae
 def _passed_lines(folder, passed):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURE_READERS', 'CAPTION_READERS', 'ImageFeatures', 'ImageCaptions', 'Notes', 'stem', 'coco_number', 'image_id',
-           'is_text', 'Reader', 'FeatureReader', 'CaptionReader', 'feature_reader', 'caption_reader', 'detect',
-           'need_package', 'ArrayFile', 'read_array', 'read_npz', 'npz_names', 'read_objects', 'picture_size',
-           'number_array', 'read_lines', 'file_digest', 'source_digest']
+           'Reader', 'FeatureReader', 'CaptionReader', 'feature_reader', 'caption_reader', 'detect', 'need_package',
+           'ArrayFile', 'read_array', 'read_npz', 'npz_names', 'read_objects', 'picture_size', 'number_array',
+           'read_lines', 'file_digest', 'source_digest']
 
 # %% ../../nbs/data/15_readers.ipynb #8cf62b87
 import hashlib, importlib, io, json, os, re, zipfile
@@ -115,15 +115,6 @@ def image_id(
     "The image id that belongs to a file name."
     is_coco = re.match(r"(?i)coco_|0{4}", stem(name))
     return coco_number(name) if is_coco and coco_number(name) else stem(name)
-
-# %% ../../nbs/data/15_readers.ipynb #c6cdb448
-def is_text(
-    text:str, # any string
-)->bool:
-    "Whether a string can be written as UTF-8."
-    try: text.encode("utf-8")
-    except UnicodeEncodeError: return False
-    return True
 
 # %% ../../nbs/data/15_readers.ipynb #ad15b912
 class Reader:

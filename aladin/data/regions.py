@@ -19,7 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..files import atomic_dir, check_output_dir, describe_format, InputError, read_json, report
+from ..files import (
+    atomic_dir, check_output_dir, describe_format, InputError, is_text, read_json, report, write_array_header)
 
 # %% ../../nbs/data/02_regions.ipynb #a2dee383
 def _read_offsets(path):
@@ -114,6 +115,11 @@ class Attributes:
         "The attributes of some boxes."
         return Attributes(self.names, self.codes[rows], self.scores[rows])
 
+    def as_lists(self)->list: # of lists of (attribute, score), one for each box, highest score first
+        "The attributes of each box, without its free places."
+        rows = zip(self.codes.tolist(), self.scores.tolist())
+        return [[(self.names[code], score) for code,score in zip(*row) if code >= 0] for row in rows]
+
 # %% ../../nbs/data/02_regions.ipynb #52d76231
 class Detections:
     "Detected boxes of many images: class names, rectangles, confidences and picture sizes, by image id."
@@ -189,9 +195,7 @@ def attributes(self:Detections,
 )->list: # of lists of (attribute, score), one for each detection, highest score first
     "The attributes of the detections of an image; empty lists where the detector gives none."
     span,a = self._span(image_id),self._attributes
-    if a is None: return [[] for _ in range(span.stop - span.start)]
-    rows = zip(a.codes[span].tolist(), a.scores[span].tolist())
-    return [[(a.names[code], score) for code,score in zip(*row) if code >= 0] for row in rows]
+    return [[] for _ in range(span.stop - span.start)] if a is None else a.take(span).as_lists()
 
 # %% ../../nbs/data/02_regions.ipynb #fa0749d8
 @patch
@@ -201,6 +205,13 @@ def arrays(self:Detections)->dict: # name -> array
                  confidences=self._confidences, sizes=self._sizes)
     if self._attributes: found |= dict(attribute_codes=self._attributes.codes, attribute_scores=self._attributes.scores)
     return found
+
+@patch
+def hash_into(self:Detections,
+    digest, # of hashlib; takes the arrays
+):
+    "Add the arrays to a digest."
+    for a in self.arrays().values(): digest.update(np.ascontiguousarray(a))
 
 @patch
 def name_lists(self:Detections)->dict: # name -> list of strings
@@ -283,8 +294,7 @@ def check_detections(
         raise InputError(found.path, f"image {twice}", "one row an image", "two", "remove one of them")
     for name in found.names:
         if not isinstance(name, str): raise InputError(found.path, "class", "text", repr(name), fix)
-        try: name.encode("utf-8")
-        except UnicodeEncodeError: raise InputError(found.path, "class", "text", "a lone surrogate", fix) from None
+        if not is_text(name): raise InputError(found.path, "class", "text", "a lone surrogate", fix)
     bad = np.flatnonzero(~(np.isfinite(found._rects).all(1) & np.isfinite(found._confidences)))
     if bad.size:
         i = np.searchsorted(found.offsets, bad[0], side="right") - 1
@@ -510,7 +520,8 @@ def fingerprint(self:TsvRegions)->str: # 16 hexadecimal digits
     "A digest that changes with the content: file sizes, offsets, all detections and sixteen rows of features."
     about = [self.ids, self.dim, self._tsv.size, self.detections.ids, self.detections.names]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for a in (self._tsv.offsets, *self.detections.arrays().values()): digest.update(np.ascontiguousarray(a))
+    digest.update(np.ascontiguousarray(self._tsv.offsets))
+    self.detections.hash_into(digest)
     for i in np.unique(np.linspace(0, len(self._tsv)-1, 16).astype(int)): digest.update(self._tsv._line(i))
     return digest.hexdigest()[:16]
 
@@ -692,22 +703,18 @@ def _as_stored(source, image_id, dtype):
                      "convert with dtype='float32'")
 
 # %% ../../nbs/data/02_regions.ipynb #0a2950b3
-def _write_header(f, dtype, shape):
-    "Write the header of a .npy file at the current position."
-    np.lib.format.write_array_header_1_0(f, dict(descr=dtype.str, fortran_order=False, shape=shape))
-
 def _write_regions(source, path, dtype, progress):
     "Stream all region vectors into a .npy file. Returns the region counts and the SHA-256 of the numbers."
     counts, digest = [], hashlib.sha256()
     with open(path, "wb") as f:
-        _write_header(f, dtype, (0, source.dim))
+        write_array_header(f, dtype, (0, source.dim))
         for image_id in tqdm(source.ids, desc="regions", unit="image", disable=not progress):
             block = _as_stored(source, image_id, dtype)
             f.write(block)
             digest.update(block)
             counts.append(len(block))
         f.seek(0)
-        _write_header(f, dtype, (sum(counts), source.dim))
+        write_array_header(f, dtype, (sum(counts), source.dim))
     return counts, digest.hexdigest()
 
 # %% ../../nbs/data/02_regions.ipynb #52e8127b

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import BertTokenizer
 
-from ..files import atomic_write, describe_format, InputError, read_json, read_text
+from ..files import atomic_write, describe_format, InputError, is_text, read_json, read_text
 
 # %% ../../nbs/data/03_text.ipynb #5bfc335c
 def _refused(error):
@@ -56,17 +56,10 @@ def load_torch_file(
         found = _not_torch(path, type(e).__name__)
         raise InputError(path, "file", "a whole torch file", found, "fetch the file again") from None
 
-# %% ../../nbs/data/03_text.ipynb #459c8e0c
-def _is_text(text):
-    "Whether `text` can be written as UTF-8."
-    try: text.encode("utf-8")
-    except UnicodeEncodeError: return False
-    return True
-
 # %% ../../nbs/data/03_text.ipynb #18895b9a
 def _caption_id(path, key):
     "An image id as a string. Raises `InputError` for anything but a string or a whole number."
-    if isinstance(key, (str, int)) and not isinstance(key, bool) and _is_text(str(key)): return str(key)
+    if isinstance(key, (str, int)) and not isinstance(key, bool) and is_text(str(key)): return str(key)
     found = f"a {type(key).__name__}"
     raise InputError(path, "image ids", "text or whole numbers", found, "check that it is a caption file")
 
@@ -78,7 +71,7 @@ def _caption_list(path, key, value):
         try: value = json.loads(value)
         except (ValueError, RecursionError):
             raise InputError(path, f"image {key}", "a list of captions, or one as JSON", "other text", fix) from None
-    if isinstance(value, list) and value and all(isinstance(o, str) and _is_text(o) for o in value): return value
+    if isinstance(value, list) and value and all(isinstance(o, str) and is_text(o) for o in value): return value
     found = f"a {type(value).__name__}"
     if isinstance(value, list): found = f"{found} of other things" if value else "an empty list"
     raise InputError(path, f"image {key}", "a non-empty list of captions", found, fix)

@@ -81,7 +81,8 @@ def prepare_data(
     if vocabulary: load_tokenizer(vocabulary)
     source = regions_folder(data, features)
     with atomic_dir(out, overwrite, "prepared.json") as part:
-        ready = (source/"store.json").exists() and box_order in (None, open_regions(source).box_order)
+        as_it_is = box_order is None or box_order == open_regions(source).box_order
+        ready = (source/"store.json").exists() and as_it_is
         if ready: shutil.copytree(source, part/"regions")
         else: convert_regions(source, part/"regions", dtype=dtype, progress=progress, box_order=box_order)
         _copy_extras(data, part, dtype, progress)

@@ -26,9 +26,8 @@ from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read
 from .segments import caption_hit, picture_alignment, picture_place
 
 # %% ../../nbs/search/02_index.ipynb #2a49872e
-_GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__]
-_DESCRIBE = "clip", "box_order", "has_boxes", "has_tags" # these do not change what is computed
-_GEOMETRY = [name for name in _GEOMETRY if name not in _DESCRIBE]
+_DESCRIBE = {"clip", "box_order", "has_boxes", "has_tags"} # these do not change what is computed
+_GEOMETRY = [f.name for f in fields(AladinConfig) if f.name in AladinConfig.__annotations__.keys() - _DESCRIBE]
 
 def model_fingerprint(
     model:AladinModel, # a model with its processor
