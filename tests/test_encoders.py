@@ -95,13 +95,14 @@ def test_labels(photos, encoders, tmp_path):
     (folder/"config.json").write_text(json.dumps(about))
     (tmp_path/"labels.txt").write_text("dog\ntree\n\ncup\ndog\n")
     store = extracted(photos, tmp_path/"data", "--encoder", folder, "--grid", 2, "--labels", tmp_path/"labels.txt")
-    labels, encoder = Labels(tmp_path/"labels.txt", str(folder)), VisionEncoder(str(folder))
+    encoder = VisionEncoder(str(folder))
+    labels = Labels(tmp_path/"labels.txt", encoder)
     assert labels.names == ["dog", "tree", "cup"] and (labels.texts @ labels.texts.T).triu(1).max() < 1 - 1e-4  # three texts
     with Image.open(photos/"0.jpg") as picture: pooled = encoder([picture.convert("RGB")])[0].pooled
     with torch.no_grad(): image = labels.model.visual_projection(pooled)
     assert store.tags("0")[0] == labels.names[int((labels.texts @ image).argmax())]
     assert len(store.tags("0")) == store.num_regions("0") == 5 and (store.confidences("0") > 1/3 - 1e-6).all()
-    with pytest.raises(InputError, match="choose CLIP"): Labels(tmp_path/"labels.txt", str(encoders/"siglip"))
+    with pytest.raises(InputError, match="choose CLIP"): Labels(tmp_path/"labels.txt", VisionEncoder(encoders/"siglip"))
 
 
 @pytest.mark.parametrize("options", [[], ["--boxes", "p.tsv"], ["--detector", "d", "--grid", "2"], ["--encoder", "e", "--detector", "d", "--boxes", "p.tsv"],

@@ -65,7 +65,7 @@ def _region_source(detector, options, encoder, grid, labels, boxes):
     opened = open_encoder(encoder)
     if boxes: return BoxRegions(StoredBoxes(boxes), opened)
     if detector: return BoxRegions(_opened(detector, **options), opened)
-    return GridRegions(opened, grid, labels and Labels(labels, encoder))
+    return GridRegions(opened, grid, labels and Labels(labels, opened))
 
 # %% ../../nbs/cli/01_data.ipynb #0cbf585c
 @command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out photo_data",
@@ -166,13 +166,14 @@ def _stored_regions(data, image):
 
 def _detected_regions(name, path):
     "The picture of a file with boxes, tags, scores and attributes from a detector."
+    from aladin.data.extract import find_regions
     from aladin.data.pictures import open_picture
+    from aladin.data.regions import Attributes
     detector, picture = _opened(name), open_picture(path)
-    o, = detector([picture])
+    o, = find_regions(detector, {path: picture})
     attributes = [[] for _ in o["classes"]]
     if "attribute_codes" in o:
-        rows = zip(o["attribute_codes"].tolist(), o["attribute_scores"].tolist())
-        attributes = [[(detector.attribute_names[c], s) for c, s in zip(*row) if c >= 0] for row in rows]
+        attributes = Attributes(detector.attribute_names, o["attribute_codes"], o["attribute_scores"]).as_lists()
     return picture, o["rects"], o["classes"], o["confidences"], attributes
 
 # %% ../../nbs/cli/01_data.ipynb #5eed26c8
@@ -203,14 +204,13 @@ def regions(
 # %% ../../nbs/cli/01_data.ipynb #b9cd68ac
 def _save_regions(out, picture, rects, tags, scores, most):
     "Write the figure of a picture's regions. Raises `InputError` for an unknown ending."
-    from aladin.files import InputError, atomic_write
-    from aladin.view.plots import plot_regions
-    kind = Path(out).suffix[1:]
-    if kind not in ("png", "pdf", "svg"):
-        raise InputError(out, "--out", "a name that ends in .png, .pdf or .svg", kind or "no ending", "rename it")
-    figure = plot_regions(picture, rects, tags, scores, most)
-    with atomic_write(out) as part: figure.savefig(part, format=kind)
+    from aladin.files import InputError
+    from aladin.view.plots import plot_regions, save_figure
+    if not Path(out).suffix:
+        raise InputError(out, "--out", "a name that ends in .png, .pdf or .svg", "no ending", "rename it")
+    save_figure(plot_regions(picture, rects, tags, scores, most), out)
     print(out)
+
 
 # %% ../../nbs/cli/01_data.ipynb #d104fb4e
 @command("aladin convert-detections --shelve detic --out detic_store --dtype float16")

@@ -319,18 +319,31 @@ def _flat(row):
     image = row.pop("image", None)
     return row | ({"image.path": image["path"]} if isinstance(image, dict) and image.get("path") else {})
 
-# %% ../../nbs/data/18_caption_readers.ipynb #25c0e5c5
-@caption_reader("parquet")
-class Parquet(CaptionReader):
-    "Parquet of the Hugging Face hub: caption (text or list), filename or image.path, and perhaps split."
+# %% ../../nbs/data/18_caption_readers.ipynb #132ab3e6
+class _ManyFiles(CaptionReader):
+    "Captions in one file, or in all files of a kind below a folder."
+    ending = "" # of the files' names
+
     def files(self):
         if self.path.is_file(): return [self.path]
-        return sorted(p for p in self.path.rglob("*.parquet") if p.is_file())
+        return sorted(p for p in self.path.rglob(f"*{self.ending}") if p.is_file())
 
-    @staticmethod
-    def fits(path):
-        first = path if path.is_file() else next(path.rglob("*.parquet"), None)
-        if first is None or not first.is_file(): return ""
+    @classmethod
+    def first(cls, path):
+        "The path itself, if it is a file; otherwise one of the files below the folder, or None."
+        found = path if path.is_file() else next(path.rglob(f"*{cls.ending}"), None)
+        return found if found and found.is_file() else None
+
+# %% ../../nbs/data/18_caption_readers.ipynb #25c0e5c5
+@caption_reader("parquet")
+class Parquet(_ManyFiles):
+    "Parquet of the Hugging Face hub: caption (text or list), filename or image.path, and perhaps split."
+    ending = ".parquet"
+
+    @classmethod
+    def fits(cls, path):
+        first = cls.first(path)
+        if first is None: return ""
         with open(first, "rb") as f: return "it is Parquet" if f.read(4) == b"PAR1" else ""
 
     def read(self): return _gather_rows(self, ((p, _parquet_rows(p)) for p in self.files()))
@@ -366,18 +379,17 @@ def _batch_rows(pa, batch, roots):
 
 # %% ../../nbs/data/18_caption_readers.ipynb #1f519b62
 @caption_reader("arrow")
-class Arrow(CaptionReader):
+class Arrow(_ManyFiles):
     "Arrow: a folder that `datasets` saved, or a file of ViLT."
-    def files(self):
-        if self.path.is_file(): return [self.path]
-        return sorted(p for p in self.path.rglob("*.arrow") if p.is_file() and not p.name.startswith("cache-"))
+    ending = ".arrow"
 
-    @staticmethod
-    def fits(path):
-        if path.is_file():
-            return "it is Arrow" if path.suffix == ".arrow" else ""
-        first = next(path.rglob("*.arrow"), None)
-        return f"it holds {first.name}" if first else ""
+    def files(self): return [p for p in super().files() if p == self.path or not p.name.startswith("cache-")]
+
+    @classmethod
+    def fits(cls, path):
+        first = cls.first(path)
+        if first is None or first.suffix != cls.ending: return ""
+        return "it is Arrow" if first == path else f"it holds {first.name}"
 
     def read(self): return _gather_rows(self, ((p, _arrow_rows(p)) for p in self.files()))
 
@@ -420,16 +432,14 @@ def _sample(path, name, texts):
 
 # %% ../../nbs/data/18_caption_readers.ipynb #8e4088ee
 @caption_reader("webdataset")
-class WebDataset(CaptionReader):
+class WebDataset(_ManyFiles):
     "WebDataset of clip_benchmark and img2dataset: tar archives with NAME.jpg and NAME.txt or NAME.json."
-    def files(self):
-        if self.path.is_file(): return [self.path]
-        return sorted(p for p in self.path.rglob("*.tar") if p.is_file())
+    ending = ".tar"
 
-    @staticmethod
-    def fits(path):
-        first = path if path.is_file() else next(path.rglob("*.tar"), None)
-        return f"{first.name} is a tar archive" if first and first.is_file() and _is_tar(first) else ""
+    @classmethod
+    def fits(cls, path):
+        first = cls.first(path)
+        return f"{first.name} is a tar archive" if first and _is_tar(first) else ""
 
     def read(self):
         samples = [o for p in self.files() for o in self._samples(p)]

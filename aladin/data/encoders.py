@@ -21,7 +21,7 @@ from torch import Tensor
 from ..files import atomic_dir, InputError, read_text
 from ..device import default_device, hash_weights, quiet_transformers
 from .regions import box_geometry, read_detections
-from .extract import load_pretrained
+from .extract import find_regions, load_pretrained
 from .boxes import roi_align
 
 # %% ../../nbs/data/22_encoders.ipynb #ac5506de
@@ -62,6 +62,7 @@ class VisionEncoder:
         name:str, # its folder, or hub:NAME, which fetches one
     ):
         from transformers import AutoImageProcessor, AutoModel
+        self.name = str(name)
         kinds,example = (AutoImageProcessor, AutoModel),"hub:google/siglip-base-patch16-224"
         self.processor,model = load_pretrained(name, kinds, "a vision model", example)
         self.model = model.eval().to(default_device())
@@ -188,18 +189,17 @@ class Labels:
     "A list of labels as texts of a model with two towers. Raises `InputError` for one that cannot project regions."
     def __init__(self,
         path, # text file, one label a line
-        name:str, # of the encoder: CLIP, in a folder, or hub:NAME
+        encoder:VisionEncoder, # CLIP
         template:str="a photo of a {}", # the text of a label
     ):
         from transformers import AutoTokenizer
         self.names = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
         if not self.names: raise InputError(path, "labels", "at least one", "none", "write one label a line")
-        encoder = VisionEncoder(name)
-        self.model = encoder.model
+        self.model = getattr(encoder, "model", None)
         if not hasattr(self.model, "visual_projection"):
-            found,fix = type(self.model).__name__,"choose CLIP, or leave the labels out"
-            raise InputError(name, "model", "CLIP, which projects regions and texts", found, fix)
-        tokenizer, = load_pretrained(name, (AutoTokenizer,), "CLIP", "hub:openai/clip-vit-base-patch32")
+            found,fix = type(self.model or encoder).__name__,"choose CLIP, or leave the labels out"
+            raise InputError(encoder.name, "model", "CLIP, which projects regions and texts", found, fix)
+        tokenizer, = load_pretrained(encoder.name, (AutoTokenizer,), "CLIP", "hub:openai/clip-vit-base-patch32")
         self.texts = self._of_texts(tokenizer, [template.format(n) for n in self.names])
 
     @torch.no_grad()
@@ -267,10 +267,8 @@ class BoxRegions:
     )->list: # of dicts, as `Detector` returns them
         "The regions of some pictures."
         images = list(pictures.values())
-        by_id = getattr(self.boxes, "of_images", None)
-        found = by_id(pictures) if by_id else self.boxes(images)
-        maps = self.encoder(images)
-        return [o | dict(vectors=self._vectors(m, o["rects"], p.size)) for o,m,p in zip(found, maps, images)]
+        rows = zip(find_regions(self.boxes, pictures), self.encoder(images), images)
+        return [o | dict(vectors=self._vectors(m, o["rects"], p.size)) for o,m,p in rows]
 
     def _vectors(self, found, rects, size):
         "The vector of each box with its six box numbers, float32 [boxes, dim + 6]."

@@ -24,7 +24,7 @@ from ..device import evaluating, hash_weights
 from ..config import Aggregation, allowed_values
 from ..data.ragged import Ragged, read_ahead, READERS
 from ..data.splits import RetrievalSet
-from ..model.configuration import check_regions
+from ..model.configuration import check_regions, report_inputs
 from ..model.model import AladinModel
 
 # %% ../../nbs/evaluation/00_embeddings.ipynb #54da6ccd
@@ -96,6 +96,7 @@ class _Encoding:
     def __init__(self, model, data, batch_size, autocast):
         c = model.config
         check_regions(c, data.regions)
+        report_inputs(c, data.regions)
         self.model = model
         self.data = data
         self.batch_size = batch_size

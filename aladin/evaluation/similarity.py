@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files import InputError, read_text
 from ..data.readers import ArrayFile
+from .scoring import row_groups
 
 # %% ../../nbs/evaluation/05_similarity.ipynb #bbfcd88f
 def read_csv_table(
@@ -94,10 +95,7 @@ class SimilarityTiles:
         self.image_ids,self.caption_image = source.image_ids,source.caption_image
         images,captions = len(self.image_ids),len(self.caption_image)
         side = int(min(256, max(1, (memory*2**30 - 2**24)//(32*captions))))
-        self.order = self.caption_image.argsort(stable=True) # captions by their image
-        self.image_rows = torch.arange(images).split(side)
-        counts = torch.bincount(self.caption_image//side, minlength=len(self.image_rows))
-        self.caption_rows = self.order.split(counts.tolist())
+        self.image_rows,self.caption_rows = row_groups(self.caption_image, images, side)
 
     def __len__(self): return len(self.image_rows)
 

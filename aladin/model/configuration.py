@@ -183,4 +183,3 @@ def check_regions(
         fix = f"convert the regions with aladin prepare --box-order {config.box_order.replace(' ', '-')}"
         expected = f"{config.box_order} at the end of each vector, as the model was trained with"
         raise InputError(path, "box numbers", expected, order, fix)
-    report_inputs(config, regions)

@@ -27,7 +27,7 @@ from .alignment import Alignment
 from .backbone import Backbone
 from .heads import (
     alignment_scores, AlignmentHead, DepthFusion, GatedDepth, MatchingHead, MeanDepth, TransformerLayers)
-from .configuration import AladinConfig, check_geometry, check_regions
+from .configuration import AladinConfig, check_geometry, check_regions, report_inputs
 
 # %% ../../nbs/model/05_model.ipynb #6f5c520c
 @dataclass
@@ -239,6 +239,7 @@ def encode_images(self:AladinModel,
     "Encode the images of a split. Raises `InputError` for region vectors of another width than the model's."
     split = for_processor(images, self.checked_processor())
     check_regions(self.config, split.regions)
+    if rows is None: report_inputs(self.config, split.regions) # a part belongs to a call that has reported
     rows = np.arange(len(split.image_ids)) if rows is None else np.asarray(rows)
     encode = lambda some: self.encode_image_batch(split.image_batch(rows[some]).to(self.device))
     found = self.encode_in_batches(encode, (split.region_counts + split.tag_lengths)[rows], batch_size, progress)

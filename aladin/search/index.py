@@ -19,7 +19,7 @@ from ..files import InputError, locked, write_json
 from ..device import hash_weights
 from ..data.processor import AladinProcessor
 from ..data.splits import for_processor
-from ..model.configuration import AladinConfig, check_regions
+from ..model.configuration import AladinConfig, check_regions, report_inputs
 from ..model.model import AladinModel, Encoded, load_model, regions_used
 from .engines import ExactEngine, MilvusEngine
 from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read_index, VERSION
@@ -194,6 +194,7 @@ def _check_images(self:SearchIndex, images, encoded):
         found = f"{len(encoded)} of {len(images.image_ids)}"
         raise InputError("index", "images", "all images of a split", found, "encode the whole split")
     check_regions(self.model.config, images.regions)
+    if not encoded: report_inputs(self.model.config, images.regions)
     _check_ids(images)
 
 # %% ../../nbs/search/02_index.ipynb #3aba16c3
