@@ -143,10 +143,11 @@ def plot_attention(
 
 # %% ../../nbs/view/00_plots.ipynb #8ce35c15
 def _draw_region(ax, rect, text, colour):
-    "One box with its text in the upper left corner; `rect` in pixels."
+    "One box with its text above the upper left corner, or below it at the picture's edge; `rect` in pixels."
     x1,y1,x2,y2 = rect
+    above = y1 > .03*max(ax.get_ylim())
     ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.4))
-    ax.text(x1, y1, text, fontsize=7, color="white", va="bottom", clip_on=True,
+    ax.text(x1, y1, text, fontsize=7, color="white", va="bottom" if above else "top", clip_on=True,
             bbox=dict(facecolor=colour, edgecolor="none", pad=1))
 
 def plot_regions(
@@ -309,9 +310,9 @@ def plot_comparison(
     for place,row in rows.iterrows():
         clear = row["low"] > 0 or row["high"] < 0
         ax.plot([row["low"], row["high"]], [place, place], color=PALETTE["blue"], lw=2)
-        ax.plot(row["difference"], place, "o", color=PALETTE["blue"], mfc="C0" if clear else "white", ms=7)
-    ax.set(yticks=range(len(rows)), yticklabels=rows["metric"], xlabel="difference in points, with 95 % interval",
-           title=f"second: {second}\nminus first: {first}")
+        ax.plot(row["difference"], place, "o", color=PALETTE["blue"], mfc=PALETTE["blue"] if clear else "white", ms=7)
+    ax.set(yticks=range(len(rows)), yticklabels=rows["metric"], title=f"second: {second}\nminus first: {first}")
+    ax.set_xlabel("difference in points, with 95 % interval (hollow: it contains zero)")
     ax.title.set_fontsize(9)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
