@@ -112,6 +112,12 @@ def test_options_that_do_not_fit(options, photos, tmp_path, capsys):
     assert "--detector, --encoder (with --grid, --labels)" in capsys.readouterr().err and not (tmp_path/"data").exists()
 
 
+def test_options_of_a_detector_need_one(photos, encoders, tmp_path, capsys):
+    "An option that an encoder alone would ignore is refused by name."
+    assert main(["extract", "--images", str(photos), "--out", str(tmp_path/"data"), "--encoder", str(encoders/"vit"), "--filter", "2", "--threshold", "0.3"]) == 2
+    assert "--threshold --filter" in capsys.readouterr().err and not (tmp_path/"data").exists()
+
+
 def test_damaged_maps(photos, tmp_path):
     "A picture on which an encoder fails is left out by name, as with a detector."
     class Weak:

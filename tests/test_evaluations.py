@@ -192,7 +192,8 @@ def test_judged_pairs_from_the_command(files, capsys):
     (("--similarity", "scores.npy", "--protocol", "1k", "--clip-benchmark", "c.json"), "5k"),
     (("--similarity", "ids.csv"), "NumPy array"),
     (("--similarity", "scores.npy", "--ids", "judged.csv"), "header image,caption"),
-    (("--similarity", "scores.npy", "--json", "ids.csv"), "metrics to replace")])
+    (("--similarity", "scores.npy", "--json", "ids.csv"), "metrics to replace"),
+    (("--similarity", "scores.npy", "--clip-benchmark", "ids.csv"), "recalls to replace")])
 def test_what_does_not_fit_is_refused(files, capsys, words, said):
     assert run("evaluate", *words) == 2
     assert said in capsys.readouterr().err
@@ -207,6 +208,12 @@ def test_a_run_is_compared_with_a_matrix(files, capsys):
     assert "McNemar p" in first and Path("d.png").stat().st_size and len(json.loads(Path("d.json").read_text())) == 7
     assert run("compare", "scores.npy", "other.npy", "--samples", "200") == 0
     assert capsys.readouterr().out == first
+    before = Path("d.json").read_bytes()
+    for option, path in (("--json", "d.json"), ("--figure", "d.png")):
+        assert run("compare", "scores.npy", "other.npy", option, path) == 2 and "--force" in capsys.readouterr().err
+    assert Path("d.json").read_bytes() == before
+    assert run("compare", "scores.npy", "other.npy", "--samples", "200", "--json", "d.json", "--force") == 0
+    capsys.readouterr()
     for words, said in ((("scores.npy", "ids.csv"), "check the path"), (("scores.npy", "."), "evaluated run"), (("scores.npy", "other.npy", "--figure", "d.txt"), ".png")):
         assert run("compare", *words) == 2 and said in capsys.readouterr().err
 

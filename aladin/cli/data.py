@@ -36,13 +36,17 @@ def prepare(
     box_order:BoxOrder|None=None, # order of the last two box numbers of the stored vectors; as they are if not given
 ):
     "Convert a data set into the memory-mapped folder that training reads; or generate the embedded scenes."
+    from aladin.files import InputError
     from aladin.runs.stages import prepare_data, prepare_scenes
+    if data == "scenes" and (unused := [o for o in (features, vocabulary, box_order) if o]):
+        expected = "none of --features, --vocabulary and --box-order with scenes, which are generated"
+        raise InputError("command line", "options", expected, " ".join(unused), "leave them out")
     if data != "scenes":
         print(prepare_data(data, out, features, vocabulary, dtype, force, box_order=_order(box_order)))
         return
     summary = prepare_scenes(Path(out)/"scenes", size, seed, overwrite=force)
     print(f"symbolic ceiling: {summary['ceiling']}")
-    print(prepare_data(Path(out)/"scenes", Path(out)/"data", overwrite=force))
+    print(prepare_data(Path(out)/"scenes", Path(out)/"data", dtype=dtype, overwrite=force))
 
 # %% ../../nbs/cli/01_data.ipynb #4ae0e399
 def _opened(detector, **options):
@@ -62,6 +66,9 @@ def _region_source(detector, options, encoder, grid, labels, boxes):
         raise InputError("command line", "options", expected, found, "see aladin extract --help")
     if not encoder: return _opened(detector, **options)
     from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
+    ignored = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if ignored and not detector:
+        raise InputError("command line", "options", "a detector for them", " ".join(ignored), "leave them out")
     opened = open_encoder(encoder)
     if boxes: return BoxRegions(StoredBoxes(boxes), opened)
     if detector: return BoxRegions(_opened(detector, **options), opened)
@@ -88,8 +95,8 @@ def extract_command(
     # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions) or
     # COCO's
     captions:File=None,
-    threshold:Annotated[float, Option("SCORE", 0)]=.2, # lowest score of a box
-    least:Annotated[int, Option("N", 0, 100_000)]=10, # fewest boxes of a picture, whatever their scores
+    threshold:Annotated[float|None, Option("SCORE", 0)]=None, # lowest score of a box; 0.2 if not given
+    least:Annotated[int|None, Option("N", 0, 100_000)]=None, # fewest boxes, whatever their scores; 10 if not given
     most:Annotated[int|None, Option("N", 1, 100_000)]=None, # most boxes of a picture; 50 if not given, 100 for vinvl
     # vinvl only: rule that selects its boxes: 1 for the published command, 2 for the released features; 1 if not given
     filter:Literal["0", "1", "2"]|None=None,

@@ -65,15 +65,15 @@ def encode(
     print(f"{out}: {images} images with {regions} regions, {captions} captions with {tokens} tokens")
 
 # %% ../../nbs/cli/03_evaluate.ipynb #9c5e8616
-def _check_metrics_file(path):
-    "Raise `InputError` for a file that holds anything but metrics."
+def _check_replaceable(path, option, keys, what):
+    "Raise `InputError` for a file that holds anything but a JSON object with one of these keys."
     from aladin.files import InputError, read_json
     if not os.path.lexists(path) or Path(path).is_file() and not Path(path).stat().st_size: return
     try: found = read_json(path)
     except InputError: found = None
-    if not isinstance(found, dict) or not {"rsum", "protocols"} & set(found):
-        expected = "a new file, or metrics to replace"
-        raise InputError(path, "--json", expected, "another file or a folder", "choose another name")
+    if not isinstance(found, dict) or not keys & set(found):
+        expected = f"a new file, or {what} to replace"
+        raise InputError(path, option, expected, "another file or a folder", "choose another name")
 
 # %% ../../nbs/cli/03_evaluate.ipynb #8bc32440
 def _ndcg(embeddings, data, split, head, kind, cache):
@@ -266,7 +266,8 @@ def evaluate(
         expected = "no --folds, --bank, --intervals, --ratings, --ndcg, --judgements or --bfloat16"
         raise InputError("--protocol", "options", expected, "one of them", "give them in a call of their own")
     source,table = _open_source(embeddings, similarity, ids, keys, folds)
-    if json: _check_metrics_file(json)
+    if json: _check_replaceable(json, "--json", {"rsum", "protocols"}, "metrics")
+    if clip_benchmark: _check_replaceable(clip_benchmark, "--clip-benchmark", {"metrics"}, "recalls")
     if protocol: metrics = _protocols(source, head, protocol, table, objects, relevance, memory)
     else: metrics = _plain(source, table, head, folds, bank, memory, bfloat16, intervals, relevance, ratings)
     if ndcg: metrics["ndcg"] = _ndcg(source, data, split, head, ndcg, cache)
@@ -317,15 +318,19 @@ def compare(
     seed:Seed=0, # random seed of the bootstrap
     figure:File=None, # picture to write: the differences with their intervals
     json:File=None, # write the table here
+    force:bool=False, # replace files that are there
     memory:Annotated[float, Option("GIB", 1e-6, 1e6)]=1.0, # memory for scores beyond the embeddings
 ):
     "Whether two runs differ by more than chance: paired bootstrap over images, McNemar's test for R@1."
-    from aladin.files import write_json
+    from aladin.files import InputError, write_json
     from aladin.evaluation.compare import compare_ranks, open_scores, paired_ranks
     from aladin.evaluation.protocols import TIES
     from aladin.evaluation.similarity import read_ids
     from aladin.runs.tables import markdown_table
     from aladin.view.plots import plot_comparison
+    there = [path for path in (figure, json) if path and os.path.lexists(path)]
+    if there and not force:
+        raise InputError(there[0], "output", "a new file", "one that is there", "choose another name, or add --force")
     heads,table = (head, other_head or head),read_ids(ids) if ids else None
     for path,own in zip((first, second), heads): _check_head(path, own)
     a,b,owner = paired_ranks(open_scores(first, table), open_scores(second, table), heads, memory)

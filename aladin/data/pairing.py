@@ -83,7 +83,7 @@ def check_missing(
     for image in missing: notes.add(f"images with {what}, left out", image)
     if allow or len(missing) < .01*total: return
     found = f"{len(missing):,} of {total:,} images with {what}: {', '.join(missing[:3])} ..."
-    raise InputError("pairing", "images", "at most one percent without a partner", found,
+    raise InputError("pairing", "images", "less than one percent without a partner", found,
                      "check that features and captions are complete, or give --allow-missing")
 
 # %% ../../nbs/data/19_pairing.ipynb #46ea2280

@@ -150,7 +150,7 @@ def _image_rows(path, scores, owner):
     if len(scores) != captions:
         expected = f"{images} rows, one an image, or {captions}, one a caption"
         transposed = scores.shape[1] < len(scores)
-        fix = "save the transposed matrix, scores.T" if transposed else "save a row for each image of the test set"
+        fix = "save np.ascontiguousarray(scores.T)" if transposed else "save a row for each image of the test set"
         raise InputError(path, "rows", expected, f"{len(scores)} rows and {scores.shape[1]} columns", fix)
     first = np.unique(owner, return_index=True)[1]
     for start in range(0, captions, 256):
