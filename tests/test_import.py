@@ -115,6 +115,24 @@ def test_oscar_labels(tmp_path):
     assert store.tags(OF[0].number) == ["dog", "tree"] and store.tags(OF[5].number) == [] and store.has_tags
 
 
+def test_oscar_in_the_older_format_of_torch(tmp_path):
+    "A file that cannot be mapped is read whole."
+    import torch
+    source = formats.write_oscar(folder(tmp_path, "source"), OF)
+    run(source, tmp_path/"data")
+    for path in source.glob("*_img_frcnn_feats.pt"): torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    run(source, tmp_path/"older")
+    one, two = RegionStore(tmp_path/"data"/"regions"), RegionStore(tmp_path/"older"/"regions")
+    assert one.ids == two.ids and all(np.array_equal(one.features(i), two.features(i)) for i in one.ids)
+
+
+def test_archives_with_the_same_names(tmp_path):
+    "Samples of one name in two archives of a split would be joined: they are refused."
+    source = formats.write_webdataset(folder(tmp_path, "source"), OF)
+    shutil.copy(source/"train"/"0.tar", source/"train"/"1.tar")
+    with pytest.raises(InputError, match="each name once in a split"): CAPTION_READERS["webdataset"](source, Notes()).read()
+
+
 def test_several_sources(tmp_path):
     "Parts of one set; an image in two of them must be equal in both."
     for name in "abc": folder(tmp_path, name)

@@ -442,9 +442,12 @@ class WebDataset(_ManyFiles):
         return f"{first.name} is a tar archive" if first and _is_tar(first) else ""
 
     def read(self):
-        samples = [o for p in self.files() for o in self._samples(p)]
-        parts = {}
-        for o in samples: parts.setdefault(o["name"], set()).add(o["split"])
+        samples, parts = [o for p in self.files() for o in self._samples(p)], {}
+        for o in samples:
+            names = parts.setdefault(o["name"], set())
+            if o["split"] in names and "filename" not in o:
+                raise self.refuse(f"sample {o['name']}", "each name once in a split", "two archives with it")
+            names.add(o["split"])
         repeated = any(len(of) > 1 for of in parts.values()) # names begin anew in each split
         found = _Gathered(self.path)
         for o in samples:

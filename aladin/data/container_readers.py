@@ -82,16 +82,13 @@ def read(self:_TsvReader, image):
     if not whole: raise broken[0]
     if broken: self.notes.add("damaged rows passed over, for which the source has a whole one", image, len(broken))
     for other in whole[1:]:
-        if not _same(whole[0], other):
+        if not whole[0].same_as(other):
             rows = [f"{self._files[number].name} row {row}" for number, row, *_ in self._rows[image]]
             found = f"different ones: {', '.join(rows)}"
             raise self.refuse(f"image {image}", "equal rows", found, "remove one of them")
     if len(whole) > 1: self.notes.add("equal rows of one image, of which one is used", image, len(whole) - 1)
     return whole[0]
 
-def _same(a, b):
-    "Whether two images have the same regions."
-    return a.size == b.size and np.array_equal(a.vectors, b.vectors) and np.array_equal(a.boxes, b.boxes)
 
 # %% ../../nbs/data/17_container_readers.ipynb #e43b7245
 @patch

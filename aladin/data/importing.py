@@ -73,7 +73,7 @@ class _Joined(FeatureReader):
     def read(self, image):
         found = [r.read(image) for r in self._of[image]]
         for other in found[1:]:
-            if not np.array_equal(other.vectors, found[0].vectors):
+            if not found[0].same_as(other):
                 paths = " and ".join(str(r.path) for r in self._of[image])
                 raise self.refuse(f"image {image}", "the same regions in every source", f"different ones in {paths}")
         return found[0]
@@ -234,7 +234,7 @@ _PART = 256 # images in a part
 _CHUNK = 1 << 24 # bytes that are read at once
 
 def _checked_rows(file, start, size, crc, digest):
-    "Add rows that a killed call wrote to the digest. False where they are not as their part says."
+    "The digest with the rows of a part that a killed call wrote; None where they are not as the part says."
     file.seek(start)
     seen = digest.copy()
     found = 0

@@ -29,6 +29,14 @@ class ImageFeatures:
     size:tuple|None = None # width and height of the picture in pixels
     classes:object = None # class names, a list; or class numbers, an integer array [regions]
     confidences:np.ndarray|None = None # of the detector, [regions]
+    def same_as(self,
+        other:"ImageFeatures", # of the same image
+    )->bool:
+        "Whether vectors are equal, and boxes and picture sizes where both give them in the same form."
+        pairs = [(self.size, other.size)] + ([(self.boxes, other.boxes)] if self.relative == other.relative else [])
+        known = [(a, b) for a,b in pairs if a is not None and b is not None]
+        return all(np.array_equal(a, b) for a,b in [(self.vectors, other.vectors), *known])
+
 
 # %% ../../nbs/data/15_readers.ipynb #2944b62b
 @dataclass

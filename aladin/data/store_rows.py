@@ -108,7 +108,7 @@ class RowMaker:
     ):
         self.path, self.notes = path, notes
         self.dtype, self.classes = np.dtype(dtype), classes
-        self.has_boxes = boxes and first.boxes is not None
+        self.has_boxes,self.first_has_none = boxes and first.boxes is not None,first.boxes is None
         if first.vectors.ndim != 2: raise self.refuse("first image", "vectors [regions, dim]", first.vectors.shape)
         self.dim = first.vectors.shape[1] + 6
         self.has_tags = False # set when an image has class names
@@ -136,6 +136,8 @@ def __call__(self:RowMaker,
     if size and min(size) < 1: raise self.refuse(where, "a picture of at least 1 x 1 pixel", size)
     if self.has_boxes != (features.boxes is not None) and self.has_boxes:
         raise self.refuse(where, "boxes, as the first image has", "none")
+    if self.first_has_none and features.boxes is not None:
+        self.notes.add("images with boxes, left out as the first image has none", where)
     if self.has_boxes: rows[:, -6:], rects = _box_rows(trimmed, size, where, self.refuse)
     else: rows[:, -6:] = 0
     with np.errstate(over="ignore"): rows[:, :-6] = trimmed.vectors

@@ -7,7 +7,7 @@ __all__ = ['load_torch_file', 'read_captions', 'captions_file', 'check_keys', 'r
            'build_vocabulary', 'cached_tokens']
 
 # %% ../../nbs/data/03_text.ipynb #cf867af7
-import hashlib, json, pickle
+import hashlib, json, pickle, zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -35,11 +35,12 @@ def _not_torch(path, why):
 def load_torch_file(
     path, # a file written by torch.save, in the old or the zip format
     allow:tuple=(), # classes that are accepted besides tensors and plain containers
-    mapped:bool=False, # read tensors from the disk when they are used; for files in the zip format
+    mapped:bool=False, # read tensors from the disk when they are used, where the file is in the zip format
 ):
     "Read a torch file without running code. Raises `InputError` for a missing or damaged file and for other classes."
     try:
         with torch.serialization.safe_globals(list(allow)):
+            mapped = mapped and zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except FileNotFoundError:
         raise InputError(path, "file", "a torch file", "nothing there", "check the path") from None
