@@ -212,6 +212,29 @@ def test_delete_from_an_index(tmp_path):
     failures(run_main("index", "--out", out, "--delete", "1000"), lambda: put_back(tmp_path/"index", out), check, tmp_path/"work")
 
 
+def test_index_with_codes(tmp_path, monkeypatch):
+    "Codes that are extended, then made anew because of deletions: after any failure everything that counts is found."
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("aladin.search.faiss.FLAT", 20)
+    monkeypatch.setattr("aladin.search.faiss.TAIL", 2)
+    model, out, old = write_model(tmp_path/"model"), tmp_path/"work"/"index", tmp_path/"index"
+    first, all_, few = (write_data(tmp_path/f"{n}", n) for n in (21, 24, 22))
+    assert main(["index", "--model", str(model), "--data", str(first), "--out", str(old), "--engine", "faiss"]) == 0
+    assert list((old/"images.faiss").iterdir())
+    out.parent.mkdir()
+
+    def check_with(counts, last):
+        def check(where, ended=False):
+            index = SearchIndex.open(out, model)
+            found = {h.id for h in index.search("a red fish", k=40)}
+            assert len(found) in ((last,) if ended else counts) and found == set(index.image_ids()), where
+            assert len(index.engines["captions"]) in {5*c for c in counts}, where
+        return check
+    failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(old, out), check_with((21, 24), 24), tmp_path/"work", whole=False, most=16)
+    monkeypatch.setattr("aladin.search.faiss.FLAT", 16)
+    failures(run_main("index", "--model", model, "--data", few, "--out", out, "--prune"), lambda: put_back(old, out), check_with((21, 22), 22), tmp_path/"work", whole=False, most=8)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")

@@ -283,7 +283,7 @@ def test_sets_of_size_zero_are_searched_and_explored(tmp_path):
     json.dumps(explorer.answer, allow_nan=False)
 
 
-@pytest.mark.parametrize("engine", ["exact", "milvus"])
+@pytest.mark.parametrize("engine", ["exact", "faiss", "milvus"])
 def test_long_ids_in_each_engine(tmp_path, engine):
     "Up to 500 bytes, spaces, quotes and non-ASCII characters; beyond, a refusal before anything is written. Vanished ones are pruned."
     if engine == "milvus": pytest.importorskip("milvus_lite")

@@ -305,7 +305,7 @@ def test_descriptions_of_indexes(index, model, data):
     path = data.draw(st.sampled_from([p for p in files_of(index) if p.suffix == ".json"]))
     whole = json.loads(path.read_text())
     key = data.draw(st.sampled_from(sorted(whole)))
-    if key == "engine": value = data.draw(plain.filter(lambda o: o != "milvus" and "://" not in str(o)))
+    if key == "engine": value = data.draw(plain.filter(lambda o: o not in ("faiss", "milvus") and "://" not in str(o)))
     else: value = data.draw(values | st.lists(plain, max_size=4))
     with changed(path, json.dumps(whole | {key: value}, default=str).encode()): answers(lambda: search(index, model[1]))
 
@@ -317,7 +317,7 @@ def commands():
     return {name: [a for a in parser_of(made)._actions if a.dest != "help"] for name, made in COMMANDS.items()}
 
 
-names = st.text(st.characters(exclude_characters="/\\.\0:", exclude_categories=["Cs"]), max_size=8).filter(lambda o: not o.startswith("-") and o not in ("milvus", "scenes"))
+names = st.text(st.characters(exclude_characters="/\\.\0:", exclude_categories=["Cs"]), max_size=8).filter(lambda o: not o.startswith("-") and o not in ("faiss", "milvus", "scenes"))
 numbers = st.integers(-2, 4).map(str) | st.integers().map(str) | st.floats().map(str) | names
 READERS = ("encode", "evaluate", "index", "search", "search-study", "verify")  # get whole inputs too; others would train or fetch
 

@@ -207,8 +207,8 @@ def opened(scenes):
 def answers(index, test): return [[(h.id, round(h.score, 4)) for h in hits] for hits in index.search_all(test.captions[::7], k=10, rerank=30)]
 
 
-@pytest.mark.parametrize("engine", ["exact", "milvus"])
-def test_killed_build_goes_on(scenes, tmp_path, engine):
+@pytest.mark.parametrize("engine", ["exact", "faiss", "milvus"])
+def test_killed_build_goes_on(scenes, tmp_path, engine, monkeypatch):
     "A build that is killed at once after a part: what it wrote stays, the next one encodes the rest, and the answers are those of a build in one go."
     script = f"""
 import os, signal, aladin.search.index as s
@@ -227,6 +227,7 @@ s.SearchIndex.build(model, open_split({str(scenes/'data')!r}, "test", model.proc
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     model, test = opened(scenes)
+    monkeypatch.setattr("aladin.search.faiss.FLAT", 30)
     half = SearchIndex(tmp_path/"index", model)
     assert len(half) == 20 and all(i in half for i in test.image_ids[:20])
     assert half.add(test, progress=False) == 28

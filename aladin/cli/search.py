@@ -54,10 +54,10 @@ def index_command(
     features:Folder=None, # folder with the regions; the data folder if not given
     keys:File=None, # key file that chooses the images; a bare name is looked up in the data folder
     split:Split=None, # only this split; every picture that has regions if not given
-    # exact: compared in memory; milvus: a file in the index; or the address of a Milvus server, with its token in
-    # ALADIN_MILVUS_TOKEN
+    # exact: compared in memory; faiss: codes in the index; milvus: a file in it; or the address of a Milvus server,
+    # with its token in ALADIN_MILVUS_TOKEN; if not given, exact up to 10,000 pictures and faiss for more
     engine:Annotated[str, Option("NAME")]=None,
-    approximate:bool=False, # Milvus only: search a graph instead of every vector, for millions of pictures
+    approximate:bool=False, # a few candidates may be missed: faiss, or with a Milvus server a graph (HNSW)
     prune:bool=False, # remove the pictures of the index that the data folder no longer has
     delete:list[Annotated[str, Option("ID")]]=None, # take these pictures out of the index
     batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # number of images or captions in a batch
@@ -150,7 +150,7 @@ def search_study(
     record = read_json(training) if training.exists() else {}
     about = {k: record[k] for k in ("best_step", "made by") if k in record}
     if record: about["configuration"] = record["config"]["name"]
-    index, name = SearchIndex.build(loaded, test), name or Path(data).name
+    index, name = SearchIndex.build(loaded, test, engine="exact"), name or Path(data).name
     table = write_study(out, index, test, name, about, provenance(seed), seed)
     print(table.round(2).to_string(index=False))
 

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from ..files import InputError, read_json
 from ..model.alignment import contributions
+from .faiss import FaissEngine
 from .segments import (
     caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index)
 
@@ -64,26 +65,27 @@ def has_encoder(
 )->bool:
     "Whether `OnnxIndex` can search an index: it has an encoder, onnxruntime is installed, and no Milvus is needed."
     if not (Path(folder)/ENCODER/"caption_encoder.json").is_file() or not find_spec("onnxruntime"): return False
-    return read_index(folder)["engine"] == "exact"
+    return read_index(folder)["engine"] in ("exact", "faiss")
 
 class OnnxIndex:
     "An index that is searched without torch: `search` and `search_captions`, as in `SearchIndex`."
     def __init__(self,
-        folder, # of an index with the exact engine
+        folder, # of an index whose engine is exact or faiss
         encoder=None, # folder of the exported caption encoder; encoder/ in the index when not given
     ):
         self.folder = Path(folder)
         self.info = read_index(self.folder)
-        if self.info["engine"] != "exact":
-            fix = "search this index with torch, or build one with the exact engine"
-            raise InputError(self.folder/"index.json", "engine", "exact", self.info["engine"], fix)
+        engine = dict(exact=Items, faiss=FaissEngine).get(self.info["engine"])
+        if engine is None:
+            fix = "search this index with torch, or build one with another engine"
+            raise InputError(self.folder/"index.json", "engine", "exact or faiss", self.info["engine"], fix)
         self.captions = OnnxCaptions(encoder or self.folder/ENCODER)
         if self.captions.about.get("model") != self.info["model"]:
             path = Path(encoder or self.folder/ENCODER)/"caption_encoder.json"
             found = self.captions.about.get("model")
             expected = f"{self.info['model']}, as in index.json"
             raise InputError(path, "model", expected, found, "export the encoder again")
-        self.items = {kind: Items(store) for kind,store in open_stores(self.folder, self.info["dim"]).items()}
+        self.items = {kind: engine(store) for kind,store in open_stores(self.folder, self.info["dim"]).items()}
 
     def __len__(self): return len(self.items["images"])
 
@@ -103,20 +105,28 @@ def _score(self:OnnxIndex, cosines):
     return float(by_token.sum() + by_region.sum())
 
 @patch
-def _ranked(self:OnnxIndex, kind, vector, cosines, k, rerank):
-    "The k best items: (id, cosine, place, score). `cosines` gives the table of a candidate's set."
+def _candidates(self:OnnxIndex, kind, vector, k):
+    "The k items whose vectors are nearest: (id, cosine, place), best first."
     items = self.items[kind]
+    if isinstance(items, FaissEngine): return items.search(vector[None], k)[0]
     vectors = items.matrix()
     if not len(vectors): return []
     matching = vectors @ vector
-    rows = _best(matching, max(k, rerank))
-    found,scores = items.located(rows),matching[rows]
+    rows = _best(matching, k)
+    return [(i, float(matching[row]), place) for row,(i,place) in zip(rows, items.located(rows))]
+
+@patch
+def _ranked(self:OnnxIndex, kind, vector, cosines, k, rerank):
+    "The k best items: (id, cosine, place, score). `cosines` gives the table of a candidate's set."
+    found = self._candidates(kind, vector, max(k, rerank))
+    if not found: return []
+    scores = np.array([cosine for _,cosine,_ in found])
     if rerank:
-        values,lengths = items.store.arrays([place for _,place in found])
+        values,lengths = self.items[kind].store.arrays([place for *_,place in found])
         sets = np.split(values, lengths.cumsum()[:-1])
         scores = np.array([self._score(cosines(o)) for o in sets])
     order = np.argsort(-scores, kind="stable")[:k]
-    return [(found[o][0], float(matching[rows[o]]), found[o][1], float(scores[o])) for o in order]
+    return [(*found[o], float(scores[o])) for o in order]
 
 # %% ../../nbs/search/06_onnx.ipynb #205f79aa
 @patch

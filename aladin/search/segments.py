@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'KINDS', 'Segment', 'SetStore', 'check_finite', 
            'read_index', 'Hit', 'open_stores', 'picture_place', 'caption_hit', 'picture_alignment']
 
 # %% ../../nbs/search/00_segments.ipynb #7f7625d7
-import json, re, uuid
+import json, os, re, uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,7 +118,7 @@ class SetStore:
     def names(self)->list:
         "The names of the segments, oldest first. Whatever else lies in the folder is ignored."
         if not self.path.is_dir(): return []
-        return sorted(p.name for p in self.path.iterdir() if _SEGMENT_NAME.fullmatch(p.name))
+        return sorted(name for name in os.listdir(self.path) if _SEGMENT_NAME.fullmatch(name))
 
     def next_name(self)->str:
         "A name after all that are there: a number counted up and a random part."
@@ -294,8 +294,8 @@ def check_engine(
     fix:str, # last part of the error message
 ):
     "Raise `InputError` for what is neither the name of an engine nor the address of a server."
-    if isinstance(engine, str) and (engine in ("exact", "milvus") or "://" in engine): return
-    expected = "exact, milvus or the address of a server, such as http://localhost:19530"
+    if isinstance(engine, str) and (engine in ("exact", "faiss", "milvus") or "://" in engine): return
+    expected = "exact, faiss, milvus or the address of a server, such as http://localhost:19530"
     raise InputError(path, "engine", expected, repr(engine), fix)
 
 # %% ../../nbs/search/00_segments.ipynb #bfea12a3
