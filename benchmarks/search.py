@@ -2,8 +2,15 @@
 """An index of as many pictures as COCO has: build time, size and query time of each engine, recall of the approximate one, and what re-ranking costs.
 
 The vectors are random but clustered, as pictures are: a cluster's members share a direction, and queries are drawn as they are. Region sets are random;
-time and size do not depend on what they hold. Writes search_benchmark.json and search_benchmark.md."""
+time and size do not depend on what they hold. Writes search_benchmark.json and search_benchmark.md.
+
+With --embedded: the engine with faiss beside exact search and other libraries, each in a process of its own, for its memory. Vectors are written
+as they are drawn, so that a million of them need no more memory than a block. Results are added to embedded_benchmark.json, by size, and
+embedded_benchmark.md is written from it. `make bench` does not run this."""
 import argparse
+import importlib.metadata
+import multiprocessing
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from aladin.files import atomic_write, write_json
+from aladin.files import atomic_write, read_json, write_json
 from aladin.data.ragged import Ragged
 from aladin.search.engines import ExactEngine, MilvusEngine
+from aladin.search.faiss import FaissEngine
 from aladin.search.segments import SetStore
 from aladin.runs.record import provenance
 from aladin.model.heads import alignment_scores
@@ -29,6 +37,10 @@ def parse_args():
     parser.add_argument("--regions", type=int, default=36, help="regions of a picture, for re-ranking (default: 36, VinVL's mean on COCO)")
     parser.add_argument("--stored", type=int, default=10_000, help="pictures whose region sets are written, for re-ranking")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--embedded", action="store_true", help="measure the engine with faiss and other libraries instead")
+    parser.add_argument("--build-threads", type=int, default=2, help="threads for building, with --embedded (default: 2)")
+    parser.add_argument("--peers", action="store_true", help="with --embedded: also graphs of faiss, hnswlib and usearch, where they are installed")
+    parser.add_argument("--note", default="", help="a sentence on the machine for the table, such as what else ran on it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="folder for the index while it is measured (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, default=Path("results"))
@@ -145,8 +157,193 @@ def markdown(m, made):
     return "\n".join(lines + ["", f"Re-ranking {r['candidates']} candidates of {r['pictures']:,} pictures with {r['regions']} regions each, float16, mapped and in the page cache: median {r['median_ms']:.1f} ms, 99th percentile {r['p99_ms']:.1f} ms; {r['bytes_per_picture']:,.0f} bytes a picture."]) + "\n"
 
 
+# The engine with faiss, and other libraries on the same vectors
+
+def nearest_so_far(best, rows, scores, at, k=100):
+    "The k highest scores and their rows, of those so far and of a block whose first row is `at`."
+    rows = np.concatenate([rows, np.broadcast_to(np.arange(scores.shape[1]) + at, scores.shape)], 1)
+    scores = np.concatenate([best, scores], 1)
+    chosen = np.argpartition(-scores, min(k, scores.shape[1]) - 1, 1)[:, :k]
+    return np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
+
+
+def draw(args, folder):
+    "Write segments block by block; returns the queries and the exact rows of their 100 nearest."
+    rng, store = np.random.default_rng(args.seed), SetStore(folder/"images")
+    centres = unit(rng, args.clusters, args.dim)
+    queries = clustered(rng, args.queries, centres)
+    best, rows = np.full((len(queries), 0), -1, np.float32), np.zeros((len(queries), 0), np.int64)
+    for at in tqdm(range(0, args.pictures, 8192), desc="vectors"):
+        block = clustered(rng, min(8192, args.pictures - at), centres)
+        ids = [f"{i:012d}" for i in range(at, at + len(block))]
+        store.write(dict(ids=ids, owners=ids, source=""), vectors=block, sets=np.zeros((0, args.dim), np.float16), offsets=np.zeros(len(ids) + 1, np.int64))
+        best, rows = nearest_so_far(best, rows, queries @ block.T, at)
+    return queries, rows
+
+
+def resident(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
+
+def in_process(work, *arguments):
+    "The result of `work` in a new process, and the most memory that the process had in use, mapped files included."
+    with multiprocessing.get_context("spawn").Pool(1) as pool: return pool.apply(work, arguments)
+
+
+def all_vectors(folder):
+    store = SetStore(folder/"images")
+    return np.concatenate([store.segment(name).vectors for name in store.names()])
+
+
+def build_faiss(folder, threads):
+    import faiss
+    faiss.omp_set_num_threads(threads)
+    start = time.perf_counter()
+    engine = FaissEngine(SetStore(folder/"images"))
+    engine.settle()
+    return dict(build_seconds=time.perf_counter() - start, build_memory=resident()), engine._tail.codes.about
+
+
+def ask_engine(make, folder, queries):
+    "Open an engine and ask each query alone, on one thread."
+    import faiss
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    engine = make(SetStore(folder/"images"))
+    engine.search(torch.from_numpy(queries[:1]), 100)
+    opened = time.perf_counter() - start
+    times, found = query_times(lambda q: engine.search(torch.from_numpy(q[None]), 100)[0], queries)
+    return dict(open_seconds=opened, memory=resident()) | times, [[int(o[0]) for o in hits] for hits in found]
+
+
+def recalls(found, best_first):
+    "Recall of the 10 and of the 100 nearest, in per cent."
+    return {f"recall_at_{k}": 100*float(np.mean([len(set(a[:k]) & set(b[:k].tolist()))/k for a, b in zip(found, best_first)])) for k in (10, 100)}
+
+
+def faiss_graph(vectors, threads, m, construction):
+    import faiss
+    index = faiss.index_factory(vectors.shape[1], f"HNSW{m},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = construction
+    faiss.omp_set_num_threads(threads)
+    index.train(vectors[:20_000])
+    index.add(vectors)
+    faiss.omp_set_num_threads(1)
+    return lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersHNSW(efSearch=width))[1][0], len(faiss.serialize_index(index))
+
+
+def faiss_lists(vectors, threads, lists):
+    import faiss
+    index = faiss.index_factory(vectors.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    faiss.omp_set_num_threads(threads)
+    index.train(vectors[:40*lists])
+    index.add(vectors)
+    faiss.omp_set_num_threads(1)
+    return lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersIVF(nprobe=width//4))[1][0], len(faiss.serialize_index(index))
+
+
+def hnswlib_graph(vectors, threads, m, construction):
+    import hnswlib
+    index = hnswlib.Index("ip", vectors.shape[1])
+    index.init_index(len(vectors), M=m, ef_construction=construction)
+    index.add_items(vectors, num_threads=threads)
+    def search(q, width):
+        index.set_ef(width)
+        return index.knn_query(q[None], 100, num_threads=1)[0][0]
+    return search, index.index_file_size()
+
+
+def usearch_graph(vectors, threads, m, construction, dtype):
+    from usearch.index import Index
+    index = Index(ndim=vectors.shape[1], metric="ip", dtype=dtype, connectivity=m, expansion_add=construction)
+    index.add(np.arange(len(vectors)), vectors, threads=threads)
+    def search(q, width):
+        index.expansion_search = width
+        return index.search(q, 100, threads=1).keys
+    return search, index.serialized_length
+
+
+PEERS = {"faiss HNSW32, 8 bits": (faiss_graph, 32, 80), "faiss HNSW48, 8 bits": (faiss_graph, 48, 80), "faiss IVF1024, 8 bits": (faiss_lists, 1024),
+         "hnswlib, M 32, float32": (hnswlib_graph, 32, 100), "usearch, M 32, float16": (usearch_graph, 32, 100, "f16"), "usearch, M 32, 8 bits": (usearch_graph, 32, 100, "i8")}
+
+
+def measure_peer(folder, queries, rows, threads, make, *how):
+    "Build, then widen the search until 98 % of the 100 nearest are found or the widest is reached."
+    vectors, start = all_vectors(folder), time.perf_counter()
+    search, size = make(vectors, threads, *how)
+    row = dict(build_seconds=time.perf_counter() - start, bytes=size)
+    for width in (200, 400, 800, 1600):
+        times, found = query_times(lambda q: [int(i) for i in search(q, width)], queries)
+        found = recalls(found, rows)
+        if found["recall_at_100"] >= 98: break
+    return row | times | found | dict(width=width, memory=resident())
+
+
+def measure_embedded(args):
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        folder = Path(scratch)
+        queries, nearest = draw(args, folder)
+        order = exact_order(folder, queries, nearest)
+        if args.pictures <= 200_000:
+            row, found = in_process(ask_engine, ExactEngine, folder, queries)
+            rows.append(dict(engine="exact, in memory", build_seconds=0, bytes=folder_bytes(folder/"images")) | row | recalls(found, order))
+        built, about = in_process(build_faiss, folder, args.build_threads)
+        row, found = in_process(ask_engine, FaissEngine, folder, queries)
+        size = folder_bytes(folder/"images.faiss")
+        rows.append(dict(engine="faiss, this package", bytes=size) | built | row | recalls(found, order) | {k: about[k] for k in ("pool", "probes", "recall")})
+        for name, (make, *how) in PEERS.items() if args.peers else ():
+            try: rows.append(dict(engine=name) | in_process(measure_peer, folder, queries, order, args.build_threads, make, *how))
+            except ImportError as e: print(f"{name}: {e}")
+    return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, build_threads=args.build_threads, note=args.note, engines=rows)
+
+
+def exact_order(folder, queries, nearest):
+    "The rows of the nearest, best first."
+    store = SetStore(folder/"images")
+    names = store.names()
+    def vector(row): return store.segment(names[row//8192]).vectors[row % 8192]
+    ordered = []
+    for q, rows in zip(queries, nearest):
+        scores = np.array([vector(row) @ q for row in rows.tolist()])
+        ordered.append(rows[np.argsort(-scores)])
+    return np.array(ordered)
+
+
+def embedded_text(m):
+    made, at = m["made by"], m["made by"]["machine"]
+    lines = [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
+             f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}: {at['processor']}, {m['build_threads']} threads to build, one to ask, {m['queries']} queries"
+             f"{'; ' + ', '.join(f'{k} {v}' for k, v in m['libraries'].items())}. {m['note']}".rstrip(), "",
+             "| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile | recall@10 | recall@100 |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    def size(row, key): return size_text(row[key]) if key in row else ""
+    for o in m["engines"]:
+        opened = f"{o['open_seconds']:.1f} s" if "open_seconds" in o else ""
+        name = o["engine"] + (f", width {o['width']}" if "width" in o else "")
+        lines.append(f"| {name} | {o['build_seconds']:.0f} s | {size(o, 'bytes')} | {size(o, 'build_memory')} | {size(o, 'memory')} | {opened} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % |")
+    return "\n".join(lines) + "\n"
+
+
+def embedded(args):
+    "Measure one size and write it beside the others."
+    start, path = time.perf_counter(), args.out/"embedded_benchmark.json"
+    m = measure_embedded(args)
+    libraries = {name: importlib.metadata.version(name) for name in ("faiss-cpu", "hnswlib", "usearch") if name == "faiss-cpu" or args.peers}
+    m |= {"libraries": libraries, "seconds": round(time.perf_counter() - start, 1), "made by": provenance(args.seed)}
+    found = read_json(path) if path.exists() else {}
+    found[f"{args.pictures} vectors, {args.clusters} clusters"] = m
+    write_json(path, found)
+    intro = ("# Benchmark of embedded search\n\nMade by `python benchmarks/search.py --embedded`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
+             "the exact answers. Memory is the most that a process had in use, mapped files included; it includes importing torch, and for other libraries the vectors that they are given. "
+             "Graphs and lists are searched at the smallest width of 200, 400, 800 and 1,600 (lists: a quarter of it) that finds 98 %, or at 1,600.\n\n")
+    text = intro + "\n".join(embedded_text(o) for o in found.values())
+    with atomic_write(args.out/"embedded_benchmark.md") as part: part.write_text(text, encoding="utf-8")
+    print(text)
+
+
 def main():
     args = parse_args()
+    if args.embedded: return embedded(args)
     start = time.perf_counter()
     m = measure(args)
     made = provenance(args.seed)
