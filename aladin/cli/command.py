@@ -7,7 +7,7 @@ __all__ = ['Folder', 'File', 'Words', 'Count', 'Seed', 'Number', 'Split', 'COMMA
            'command', 'add_arguments', 'parser_of', 'quick_imports']
 
 # %% ../../nbs/cli/00_command.ipynb #913c8d74
-import argparse, gc, inspect, math, re
+import argparse, gc, inspect, math, re, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
@@ -162,7 +162,11 @@ def parser_of(
 # %% ../../nbs/cli/00_command.ipynb #b60a5f5f
 @contextmanager
 def quick_imports():
-    "Context: garbage collection is off, for the import of large modules."
+    "Context for the import of large modules: without garbage collection, and transformers leaves scipy out."
+    leave_out = not {"scipy", "transformers"} & sys.modules.keys()
     gc.disable()
+    if leave_out: sys.modules["scipy"] = None # the import system takes None for a package that is not installed
     try: yield
-    finally: gc.enable()
+    finally:
+        if leave_out: del sys.modules["scipy"]
+        gc.enable()

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import nn, Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel # from its module, 0.15 s faster
 
 from ..files import atomic_dir, InputError, read_json
 from ..device import evaluating, quiet_transformers
