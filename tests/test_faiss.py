@@ -18,6 +18,7 @@ from aladin.search.segments import SetStore  # noqa: E402
 from small_inputs import write_data, write_model  # noqa: E402
 
 DIM = 24
+SPREAD = .4 # of the vectors around their centres
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def vectors_of(ids, version=0):
     def one(item):
         seed = int.from_bytes(hashlib.sha256(f"{item} {version}".encode()).digest()[:8], "little")
         rng = np.random.default_rng(seed)
-        return np.random.default_rng(seed % 20).standard_normal(DIM) + .8*rng.standard_normal(DIM)
+        return np.random.default_rng(seed % 20).standard_normal(DIM) + SPREAD*rng.standard_normal(DIM)
     v = np.array([one(i) for i in ids], np.float32).reshape(-1, DIM)
     return v/np.linalg.norm(v, axis=1, keepdims=True)
 
@@ -98,12 +99,27 @@ def test_any_order_of_changes(tmp_path, seed):
 def test_lists(tmp_path, monkeypatch):
     "Many vectors are divided into lists; how many of them are read is chosen so that nearly all of the nearest are found."
     monkeypatch.setattr(coded, "LISTS", 2000)
+    monkeypatch.setattr(coded, "_POOLS", (200, 300))  # fewer than half of the vectors, all of which would be compared
     store, engine = filled(tmp_path, 1900)
     assert not hasattr(engine._tail.codes.index, "nlist")
     write(store, captions(1900, 2200))
     engine.settle()
     codes = engine._tail.codes
-    assert codes.index.nlist == 64 and codes.about["probes"] <= 64 and codes.about["recall"] >= 95
+    assert codes.index.nlist == 64 and codes.about["probes"] <= 8 and codes.about["recall"] >= coded.AIM
+    same_as_exact(engine, store, vectors_of([f"query {i}" for i in range(20)]))
+
+
+def test_lists_that_do_not_help(tmp_path, monkeypatch):
+    "Where the nearest are scattered over many lists, there are none."
+    monkeypatch.setattr(coded, "LISTS", 2000)
+    monkeypatch.setattr(coded, "_POOLS", (200, 300))  # fewer than half of the vectors, all of which would be compared
+    monkeypatch.setattr(sys.modules[__name__], "SPREAD", 1000.)
+    store, engine = filled(tmp_path, 2200)
+    codes = engine._tail.codes
+    assert not hasattr(codes.index, "nlist") and codes.about["recall"] > 95
+    write(store, captions(2200, 2400))
+    engine.settle()
+    assert len(engine._tail.codes) == 2400 and engine._tail.codes.ids.rows("0#0") == [0]
     same_as_exact(engine, store, vectors_of([f"query {i}" for i in range(20)]))
 
 

@@ -36,6 +36,10 @@ class ExactEngine(Items):
 
     def settle(self): "Does nothing."
 
+    def prepare(self, names): "Does nothing: the segments are what is searched."
+
+    def moved(self, names): "Does nothing."
+
     def drop(self,
         ids:list, # items to delete
     ):
@@ -176,6 +180,17 @@ def put(self:MilvusEngine,
 def settle(self:MilvusEngine):
     "After many inserts, let Milvus seal them and build its index; what was acknowledged is safe and found before."
     self.client.flush(self.collection)
+
+@patch
+def prepare(self:MilvusEngine, names):
+    "Does nothing: the old places stay valid until `moved` has ended."
+
+@patch
+def moved(self:MilvusEngine,
+    names:list, # of segments that a compaction has written
+):
+    "Insert the items of these segments again, for their new places."
+    for name in names: self.put(name)
 
 @patch
 def drop(self:MilvusEngine,

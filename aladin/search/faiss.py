@@ -106,16 +106,18 @@ def _one_thread(faiss):
     try: yield
     finally: faiss.omp_set_num_threads(before)
 
-def _trained(faiss, rows, dim, sample):
-    "An empty index for so many vectors, trained on `sample`, a function from a number of vectors to them."
+def _lists(rows):
+    "The number of lists for so many vectors: 0 below `LISTS`, 2,048 for a million."
+    return 0 if rows < LISTS else 1 << int(np.log2(2*np.sqrt(rows)))
+
+def _trained(faiss, lists, dim, sample):
+    "An empty index, trained on `sample`, a function from a number of vectors to them."
     codes = f"PQ{dim if dim % 2 else dim//2}x4fs"
-    lists = 1 << int(np.log2(2*np.sqrt(rows)))
-    factory = codes if rows < LISTS else f"IVF{lists},{codes}"
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    if rows >= LISTS:
+    index = faiss.index_factory(dim, f"IVF{lists},{codes}" if lists else codes, faiss.METRIC_INNER_PRODUCT)
+    if lists:
         index.by_residual = False
         index.cp.niter, index.cp.max_points_per_centroid = 8, 40
-    with _one_thread(faiss): index.train(sample(16_384 if rows < LISTS else 40*lists))
+    with _one_thread(faiss): index.train(sample(max(16_384, 40*lists)))
     return index
 
 # %% ../../nbs/search/02_faiss.ipynb #c816c859
@@ -238,7 +240,7 @@ def search(self:Codes,
     return rows[best], scores[best]
 
 # %% ../../nbs/search/02_faiss.ipynb #41b577ef
-AIM, _POOLS, _PROBES = 99., (300, 500, 1000, 2000), (8, 16, 32, 64, 128, 256, 512, 1024)
+AIM, _POOLS, _PROBES = 99., (300, 400, 500, 600, 800, 1000, 1400, 2000), (4, 8, 16, 32, 64, 128, 256, 512)
 
 def _nearest(codes, queries, k):
     "The rows of the k vectors nearest to each query, exactly, block by block."
@@ -261,8 +263,7 @@ def _tuned(codes, count=64, k=100):
         found = [codes.search(q, k, nobody, pool, probes)[0] for q in queries]
         return 100*float(np.mean([len(np.intersect1d(a, b))/k for a, b in zip(expected, found)]))
     lists = getattr(codes.index, "nlist", 1)
-    choices = [p for p in _PROBES if p < lists] + [lists]
-    probes = next((p for p in choices if recall(_POOLS[-1], p) >= AIM), lists)
+    probes = next((p for p in _PROBES if 8*p <= lists and recall(_POOLS[-1], p) >= AIM), lists)
     pool = next((p for p in _POOLS if recall(p, probes) >= AIM), _POOLS[-1])
     return pool, probes, recall(pool, probes)
 
@@ -309,6 +310,24 @@ def _write_arrays(part, store, live, names, old, dead, index):
         _write_names(part, name, texts, None if old is None else getattr(old, name))
 
 # %% ../../nbs/search/02_faiss.ipynb #89e95249
+def _finish(faiss, part, index, about):
+    "Write the codes and about.json, with the values that `_tuned` finds; returns these."
+    faiss.write_index(index, str(part/"codes.faiss"))
+    about = about | dict(digests={name: _digest(part/name) for name in _FILES})
+    tuned = dict(pool=_POOLS[0], probes=1, recall=0.)
+    write_json(part/"about.json", about | tuned)
+    tuned = dict(zip(tuned, _tuned(Codes(part))))
+    write_json(part/"about.json", about | tuned)
+    return tuned
+
+def _without_lists(faiss, part, sample):
+    "The vectors of a folder as codes that are not divided into lists."
+    codes = Codes(part)
+    index = _trained(faiss, 0, codes.about["dim"], sample)
+    for at in range(0, len(codes), _BLOCK): index.add(codes.decoded(slice(at, at + _BLOCK)))
+    return index
+
+# %% ../../nbs/search/02_faiss.ipynb #d15135de
 def write_codes(
     folder, # to be made
     store:SetStore, # with the segments
@@ -319,21 +338,18 @@ def write_codes(
     faiss = _faiss()
     live, seen = _live_rows(store, names[len(old.segments):] if old else names)
     dead = np.array(old.dead) if old else np.zeros(0, bool)
-    for item in seen if old else ():
-        dead[old.ids.rows(item)] = True
+    for item in seen if old else (): dead[old.ids.rows(item)] = True
     rows = len(dead) + sum(len(o[1]) for o in live)
+    def sample(count): return _sample(store, live, count)
     if old: index = faiss.read_index(str(old.folder/"codes.faiss"))
-    else: index = _trained(faiss, rows, store.segment(live[0][0]).dim, lambda count: _sample(store, live, count))
+    else: index = _trained(faiss, _lists(rows), store.segment(live[0][0]).dim, sample)
     about = dict(format=FORMAT, version=VERSION, faiss=faiss.__version__, rows=rows, dim=index.d, segments=names)
     about["trained"] = old.about["trained"] if old else rows
     with atomic_dir(folder) as part:
         _write_arrays(part, store, live, names, old, dead, index)
-        faiss.write_index(index, str(part/"codes.faiss"))
-        about["digests"] = {name: _digest(part/name) for name in _FILES}
-        tuned = dict(pool=_POOLS[0], probes=_PROBES[0], recall=0.)
-        write_json(part/"about.json", about | tuned)
-        tuned = dict(zip(tuned, _tuned(Codes(part))))
-        write_json(part/"about.json", about | tuned)
+        tuned = _finish(faiss, part, index, about)
+        if not old and 8*tuned["probes"] > getattr(index, "nlist", np.inf):
+            _finish(faiss, part, _without_lists(faiss, part, sample), about)
 
 # %% ../../nbs/search/02_faiss.ipynb #b755b766
 FLAT = 10_000 # items up to which all vectors are compared; 16 or more, which training needs
@@ -499,7 +515,7 @@ def _kept(self:FaissEngine):
     tail, codes = self._tail, self._tail.codes
     if codes is None or 5*np.count_nonzero(tail.dead) > len(codes): return None
     rows = len(codes) + len(tail)
-    if rows > 4*codes.about["trained"] or (rows >= LISTS) != hasattr(codes.index, "nlist"): return None
+    if rows > 4*codes.about["trained"] or codes.about["trained"] < LISTS <= rows: return None
     return codes if all(name > codes.segments[-1] for name in tail.store.names()) else None
 
 @patch
@@ -507,21 +523,28 @@ def settle(self:FaissEngine):
     "After many inserts, move the newer items into the codes, if there are enough of them."
     self.refresh()
     if not self._is_due(): return
-    with locked(self.folder.with_name(f".{self.folder.name}.lock"), "writing these codes", wait=True):
+    with locked(self.store.path.with_name(f".{self.store.path.name}.lock"), "writing this index", wait=True):
         self.refresh()
         if not self._is_due(): return
-        older = self._names()
-        if len(self) > FLAT: self._write(max((int(name[:20]) for name in older), default=0) + 1)
-        for name in older: shutil.rmtree(self.folder/name, ignore_errors=True)
-        self.refresh()
+        new = self._write(self.store.names(), self._kept()) if len(self) > FLAT else None
+        self._remove_others(new)
+    if new: self._report()
 
 @patch
-def _write(self:FaissEngine, number):
-    "Write a set of codes of all segments, and open it."
-    name = f"{number:020d}-{uuid.uuid4().hex[:8]}"
-    write_codes(self.folder/name, self.store, self.store.names(), self._kept())
+def _write(self:FaissEngine, names, kept):
+    "Write a set of codes of these segments; returns its name."
+    number = max((int(name[:20]) for name in self._names()), default=0) + 1
+    new = f"{number:020d}-{uuid.uuid4().hex[:8]}"
+    write_codes(self.folder/new, self.store, names, kept)
+    return new
+
+@patch
+def _remove_others(self:FaissEngine, new):
+    "Open the set of codes `new`, and remove all others."
     self.refresh()
-    self._report()
+    for name in self._names():
+        if name != new: shutil.rmtree(self.folder/name, ignore_errors=True)
+    self.refresh()
 
 @patch
 def _report(self:FaissEngine):
@@ -530,6 +553,22 @@ def _report(self:FaissEngine):
     lists = f", {codes.about['probes']} of {codes.index.nlist} lists" if hasattr(codes.index, "nlist") else ""
     report(f"{self.store.path.name}: {len(codes):,} vectors as codes of faiss{lists}; the best {codes.about['pool']} "
            f"are compared exactly; finds {codes.about['recall']:.1f} % of the 100 nearest")
+
+# %% ../../nbs/search/02_faiss.ipynb #ce15cee3
+@patch
+def prepare(self:FaissEngine,
+    names:list, # of the segments that will count after a compaction
+):
+    "Write codes for these segments, if there are enough items."
+    self.refresh()
+    self._prepared = self._write(names, None) if len(self) > FLAT else None
+
+@patch
+def moved(self:FaissEngine,
+    names:list, # of segments that a compaction has written
+):
+    "Open the codes that were prepared, and remove the others."
+    if hasattr(self, "_prepared"): self._remove_others(self._prepared)
 
 # %% ../../nbs/search/02_faiss.ipynb #3e9caf0f
 @patch
