@@ -13,6 +13,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -233,6 +234,35 @@ def test_index_with_codes(tmp_path, monkeypatch):
     failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(old, out), check_with((21, 24), 24), tmp_path/"work", whole=False, most=16)
     monkeypatch.setattr("aladin.search.faiss.FLAT", 16)
     failures(run_main("index", "--model", model, "--data", few, "--out", out, "--prune"), lambda: put_back(old, out), check_with((21, 22), 22), tmp_path/"work", whole=False, most=8)
+
+
+@pytest.mark.parametrize("engine", ["exact", "faiss"])
+def test_compaction(tmp_path, monkeypatch, engine):
+    "After any failure everything that counts is found, by an index that was open before and by one opened then; at the end nothing else is left."
+    if engine == "faiss": pytest.importorskip("faiss")
+    monkeypatch.setattr("aladin.search.faiss.FLAT", 16)
+    monkeypatch.setattr("aladin.search.segments._PAUSE", 0)
+    model, out, old = write_model(tmp_path/"model"), tmp_path/"work"/"index", tmp_path/"index"
+    for number, count in enumerate((18, 20)): assert main(["index", "--model", str(model), "--data", str(write_data(tmp_path/f"data-{number}", count, seed=number)), "--out", str(old), "--engine", engine]) == 0
+    assert main(["index", "--out", str(old), "--delete", "1003", "1004"]) == 0
+    out.parent.mkdir()
+    put_back(old, out)
+    loaded = load_model(model)
+    def answers(index): return [[(h.id, round(h.score, 4)) for h in index.search("a red fish", k=40)], [h.id for h in index.search_captions("1005", k=200, rerank=0)]]
+    expected, opened = answers(SearchIndex(out, loaded)), []
+    assert len(expected[0]) == 18 and len(expected[1]) == 90
+
+    def reset():
+        put_back(old, out)
+        opened[:] = [SearchIndex(out, loaded)]
+
+    def check(where, ended=False):
+        for index in (*opened, SearchIndex(out, loaded)): assert answers(index) == expected, where
+        if not ended: return
+        SearchIndex(out, loaded).compact()  # what a failing unlink has left is removed by the next call
+        segments = [p for p in (out/"images").iterdir() if p.is_dir() and not p.name.startswith(".")]
+        assert len(segments) == 1 and len(np.load(segments[0]/"vectors.npy")) == 18, where
+    failures(run_main("index", "--out", out, "--compact"), reset, check, tmp_path/"work", whole=False, most=30)
 
 
 @pytest.fixture(scope="module")

@@ -275,6 +275,7 @@ def test_lost_segment(scenes, tmp_path):
     model, test = opened(scenes)
     index = SearchIndex.build(model, test, tmp_path/"index", progress=False)
     index.search("a tree")
+    place = index.engines["images"].find([test.image_ids[0]])[test.image_ids[0]]
     os.rename(tmp_path/"index"/"images", tmp_path/"gone")
     again = engines.SetStore(tmp_path/"index"/"images")
-    with pytest.raises(InputError, match="copy the folder of the index whole"): again.read([index.engines["images"].find([test.image_ids[0]])[test.image_ids[0]]])
+    with pytest.raises(InputError, match="copy the folder of the index whole"): again.read([place])

@@ -46,7 +46,8 @@ def _built_index(model, data, out, split, keys, features, engine, approximate, p
 # %% ../../nbs/cli/04_search.ipynb #0ca9d1c8
 @command("aladin index --model model --data data --out pictures.index",
          "aladin index --model model --data data --out pictures.index --engine http://localhost:19530",
-         "aladin index --out pictures.index --delete 17 23")
+         "aladin index --out pictures.index --delete 17 23",
+         "aladin index --out pictures.index --compact")
 def index_command(
     out:Folder, # folder of the index
     model:Folder=None, # model folder
@@ -60,6 +61,7 @@ def index_command(
     approximate:bool=False, # a few candidates may be missed: faiss, or with a Milvus server a graph (HNSW)
     prune:bool=False, # remove the pictures of the index that the data folder no longer has
     delete:list[Annotated[str, Option("ID")]]=None, # take these pictures out of the index
+    compact:bool=False, # remove replaced and deleted pictures from disk, at the end; others may search meanwhile
     batch_size:Annotated[int, Option("N", 1, 100_000)]=64, # number of images or captions in a batch
 ):
     "Encode pictures, and their captions where they have some, into an index to search; resumes where it was stopped."
@@ -68,13 +70,14 @@ def index_command(
     if prune and (split or keys or delete):
         expected, found = "--prune with the whole data folder", "--split, --keys or --delete beside it"
         raise InputError("command line", "options", expected, found, "leave --prune or the other option out")
-    if delete: index = SearchIndex.open(out, model)
+    if delete or compact and not data: index = SearchIndex.open(out, model)
     else: index = _built_index(model, data, out, split, keys, features, engine, approximate, prune, batch_size)
     if delete: index.delete(delete)
+    freed = f"; {index.compact():,} bytes freed" if compact else ""
     vectors, sets = index.sizes()
     n = max(1, len(index))
     print(f"{out}: {len(index)} pictures, {len(index.engines['captions'])} captions; "
-          f"a picture takes {vectors/n:,.0f} bytes of vector and {sets/n:,.0f} of region set")
+          f"a picture takes {vectors/n:,.0f} bytes of vector and {sets/n:,.0f} of region set{freed}")
     index.close()
 
 # %% ../../nbs/cli/04_search.ipynb #04d3ecc0

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import atomic_dir, InputError, locked, new_array_file, read_json, report, write_json
+from ..files import atomic_dir, InputError, locked, read_json, report, reserve, write_array_header, write_json
 from ..data.regions import check_offsets, map_array
 from .segments import check_finite, Items, Segment, SetStore
 
@@ -122,6 +122,7 @@ def _trained(faiss, lists, dim, sample):
 
 # %% ../../nbs/search/02_faiss.ipynb #c816c859
 FORMAT, VERSION = "aladin-codes", 1
+_BLOCK = 16_384 # vectors that are decoded at once
 _TYPES = dict(rows=int, dim=int, trained=int, segments=list, pool=int, probes=int, recall=float, digests=dict)
 
 def _digest(path):
@@ -184,10 +185,19 @@ class Codes:
     def __len__(self): return len(self.places)
 
     def decoded(self,
-        rows, # array of int, or slice
+        rows, # array of int
     )->np.ndarray: # float32 [rows, dim]
         "The vectors of some rows."
         return self._float16.decode(np.ascontiguousarray(self.vectors[rows]).view(np.uint8))
+
+    def blocks(self):
+        "Iterate over (first row, vectors float32) of all rows, which are read and not mapped, to use little memory."
+        rows, dim = self.vectors.shape
+        with open(self.folder/"vectors.npy", "rb") as f:
+            f.seek(-2*rows*dim, os.SEEK_END)
+            for at in range(0, rows, _BLOCK):
+                codes = np.fromfile(f, np.uint8, 2*dim*min(_BLOCK, rows - at))
+                yield at, self._float16.decode(codes.reshape(-1, 2*dim))
 
     def place(self,
         row:int, # of an item
@@ -197,8 +207,6 @@ class Codes:
         return self.segments[segment], own
 
 # %% ../../nbs/search/02_faiss.ipynb #e942ce66
-_BLOCK = 16_384 # vectors that are decoded at once
-
 @patch
 def _candidates(self:Codes, query, pool, probes):
     "The rows of the `pool` best codes; with lists, of those in the `probes` nearest ones."
@@ -246,8 +254,8 @@ def _nearest(codes, queries, k):
     "The rows of the k vectors nearest to each query, exactly, block by block."
     best = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.zeros((len(queries), k), np.int64)
-    for at in range(0, len(codes), _BLOCK):
-        scores = queries @ codes.decoded(slice(at, at + _BLOCK)).T
+    for at, vectors in codes.blocks():
+        scores = queries @ vectors.T
         every = np.concatenate([rows, np.broadcast_to(np.arange(scores.shape[1]) + at, scores.shape)], 1)
         scores = np.concatenate([best, scores], 1)
         chosen = np.argpartition(-scores, k - 1, 1)[:, :k]
@@ -296,13 +304,15 @@ def _write_arrays(part, store, live, names, old, dead, index):
     total = before + sum(len(rows) for _, rows, *_ in live)
     number = {name: n for n, name in enumerate(names)}
     places = [np.stack([np.full(len(rows), number[name]), rows], 1) for name, rows, *_ in live]
-    vectors = new_array_file(part/"vectors.npy", np.float16, (total, index.d))
-    if before: vectors[:before], places = old.vectors, [old.places, *places]
-    for block in _blocks(store, live):
-        vectors[before:before + len(block)] = block
-        index.add(block)
-        before += len(block)
-    vectors.flush()
+    with open(part/"vectors.npy", "wb") as f:
+        write_array_header(f, np.float16, (total, index.d))
+        f.flush()
+        reserve(part/"vectors.npy", f.fileno(), f.tell() + 2*total*index.d)
+        for _, block in old.blocks() if before else (): f.write(block.astype(np.float16))
+        for block in _blocks(store, live):
+            f.write(block.astype(np.float16))
+            index.add(block)
+    if before: places = [old.places, *places]
     np.save(part/"places.npy", np.concatenate(places).astype(np.int32), allow_pickle=False)
     np.save(part/"dead.npy", np.concatenate([dead, np.zeros(total - len(dead), bool)]), allow_pickle=False)
     for name, column in (("ids", 2), ("owners", 3)):
@@ -324,7 +334,7 @@ def _without_lists(faiss, part, sample):
     "The vectors of a folder as codes that are not divided into lists."
     codes = Codes(part)
     index = _trained(faiss, 0, codes.about["dim"], sample)
-    for at in range(0, len(codes), _BLOCK): index.add(codes.decoded(slice(at, at + _BLOCK)))
+    for _, vectors in codes.blocks(): index.add(vectors)
     return index
 
 # %% ../../nbs/search/02_faiss.ipynb #d15135de

@@ -25,7 +25,7 @@ from ..model.model import AladinModel, Encoded, load_model, regions_used
 from .engines import ExactEngine, MilvusEngine
 from .faiss import FaissEngine, FLAT
 from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read_index, VERSION
-from .segments import caption_hit, picture_alignment, picture_place
+from .segments import caption_hit, picture_alignment, picture_place, steady
 
 # %% ../../nbs/search/04_index.ipynb #2a49872e
 _DESCRIBE = {"clip", "box_order", "has_boxes", "has_tags"} # these do not change what is computed
@@ -244,6 +244,12 @@ def delete(self:SearchIndex,
     "Take pictures and their captions out; ids that are not there are passed over."
     for kind in KINDS: self._drop(kind, self.engines[kind].owned(list(map(str, image_ids))))
 
+# %% ../../nbs/search/04_index.ipynb #61ca7e05
+@patch
+def compact(self:SearchIndex)->int: # bytes that were freed
+    "Remove replaced and deleted pictures and captions from disk."
+    return sum(self.stores[kind].compact(self.engines[kind].prepare, self.engines[kind].moved) for kind in KINDS)
+
 # %% ../../nbs/search/04_index.ipynb #8292f112
 def choose_engine(
     engine:str|None, # as a user names it; None: by size
@@ -359,8 +365,10 @@ def search_all(self:SearchIndex,
     def hit(query, i, cosine, place, score):
         alignment = self._alignment(place, sets[query], tokens[query]) if explain else None
         return Hit(i, i, score, cosine, None, alignment)
-    best = self.ranked("images", asked.matching, score, k, rerank)
-    return [[hit(query, *o) for o in found] for query,found in enumerate(best)]
+    def look():
+        best = self.ranked("images", asked.matching, score, k, rerank)
+        return [[hit(query, *o) for o in found] for query,found in enumerate(best)]
+    return steady(self.stores["images"], look)
 
 # %% ../../nbs/search/04_index.ipynb #303d3833
 @patch
@@ -400,10 +408,12 @@ def search_captions(self:SearchIndex,
     explain:bool=False, # also return the alignment behind each answer
 )->list: # of `Hit`, best first
     "Find captions for a picture. Raises `InputError` for one that is not in the index."
-    place, vector, regions = self._image(image_id)
-    def score(_, words): return self.model.alignment_of(regions, words)[0]
-    best = self.ranked("captions", vector[None], score, k, rerank)[0]
-    return [self._caption_hit(*o, place if explain else None) for o in best]
+    def look():
+        place, vector, regions = self._image(image_id)
+        def score(_, words): return self.model.alignment_of(regions, words)[0]
+        best = self.ranked("captions", vector[None], score, k, rerank)[0]
+        return [self._caption_hit(*o, place if explain else None) for o in best]
+    return steady(self.stores["images"], lambda: steady(self.stores["captions"], look))
 
 # %% ../../nbs/search/04_index.ipynb #1fbc00c9
 @patch
@@ -412,8 +422,10 @@ def pair(self:SearchIndex,
     image_id:str, # a picture of the index
 )->Hit: # with both heads' scores and the alignment
     "Compare one caption with one picture. Raises `InputError` for a picture that is not in the index."
-    place, vector, regions = self._image(image_id)
     asked = self.model.encode_captions(query)
-    alignment = self._alignment(place, asked.tokens.values, self.model.words_used(query))
+    def look():
+        place, vector, regions = self._image(image_id)
+        return vector, regions, self._alignment(place, asked.tokens.values, self.model.words_used(query))
+    vector, regions, alignment = steady(self.stores["images"], look)
     score, matching = float(self.model.alignment_of(regions, asked.tokens)), float(vector @ asked.matching[0])
     return Hit(str(image_id), str(image_id), score, matching, None, alignment)

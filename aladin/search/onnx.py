@@ -16,7 +16,7 @@ from ..files import InputError, read_json
 from ..model.alignment import contributions
 from .faiss import FaissEngine
 from .segments import (
-    caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index)
+    caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index, steady)
 
 # %% ../../nbs/search/06_onnx.ipynb #0f0b87e6
 def _packages():
@@ -138,9 +138,11 @@ def search(self:OnnxIndex,
 )->list: # of `Hit`, best first
     "Find pictures for a text. Raises `InputError` for an empty one."
     vector,words,tokens = self.captions(text)
-    best = self._ranked("images", vector, lambda regions: regions @ words.T, k, rerank)
     def alignment(place): return self._alignment(place, words, tokens) if explain else None
-    return [Hit(i, i, score, cosine, None, alignment(place)) for i,cosine,place,score in best]
+    def look():
+        best = self._ranked("images", vector, lambda regions: regions @ words.T, k, rerank)
+        return [Hit(i, i, score, cosine, None, alignment(place)) for i,cosine,place,score in best]
+    return steady(self.items["images"].store, look)
 
 @patch
 def _alignment(self:OnnxIndex, place, words, tokens):
@@ -156,8 +158,10 @@ def search_captions(self:OnnxIndex,
     rerank:int=100, # candidates that the alignment head ranks; 0: the matching head's order
 )->list: # of `Hit`, best first
     "Find captions for a picture. Raises `InputError` for one that is not in the index."
-    store = self.items["images"].store
-    place = picture_place(self.folder, self.items["images"], image_id)
-    regions,vector = store.arrays([place])[0],store.segment(place[0]).vectors[place[1]]
-    best = self._ranked("captions", vector, lambda words: regions @ words.T, k, rerank)
-    return [caption_hit(self.items["captions"].store, *o) for o in best]
+    images,captions = (self.items[kind].store for kind in ("images", "captions"))
+    def look():
+        place = picture_place(self.folder, self.items["images"], image_id)
+        regions,vector = images.arrays([place])[0],images.segment(place[0]).vectors[place[1]]
+        best = self._ranked("captions", vector, lambda words: regions @ words.T, k, rerank)
+        return [caption_hit(captions, *o) for o in best]
+    return steady(images, lambda: steady(captions, look))

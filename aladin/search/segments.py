@@ -201,16 +201,18 @@ def arrays(self:SetStore,
     return values,np.array([len(o) for o in found])
 
 # %% ../../nbs/search/00_segments.ipynb #e04b9605
+_TRIES = 20 # also where another process adds segments all the time, an error is raised at the end
+
 def steady(
     store:SetStore, # whose segments are read
     look, # function without parameters that reads
 ): # what `look` returns
     "Call a function, and again where it failed while the segments of the store were replaced."
-    while True:
+    for left in range(_TRIES - 1, -1, -1):
         before = store.names()
         try: return look()
         except (InputError, OSError):
-            if store.names() == before: raise
+            if not left or store.names() == before: raise
 
 # %% ../../nbs/search/00_segments.ipynb #d3d8049f
 class Items:
@@ -379,29 +381,39 @@ def _copy(path, pieces, like):
         at += len(piece)
     if total: file.flush()
 
+# %% ../../nbs/search/00_segments.ipynb #0ae3a0c2
+def _write_arrays(out, parts, keys):
+    "Write the arrays of the rows that count of some segments, end to end."
+    first, whole = parts[0][0], [(segment, segment.rows(row)) for segment, part in parts for row in part.rows]
+    _copy(out/"vectors.npy", [segment.vectors[part.rows] for segment, part in parts], first.vectors)
+    for key in keys: _copy(out/f"{key}.npy", [getattr(o, key)[rows] for o, rows in whole], getattr(first, key))
+    offsets = np.cumsum([0, *(rows.stop - rows.start for _, rows in whole)])
+    np.save(out/"offsets.npy", offsets, allow_pickle=False)
+
 def _write_joined(store, run):
-    "Write the items of a run that count as one segment, which counts when a list names it; its name, or None without items."
+    "Write what counts of a run as one segment, which counts when a list names it; its name, or None without items."
     parts = [(store.segment(part.name), part) for part in run if part.rows]
     if not parts: return None
-    name = f"{run[-1].name[:20]}-{uuid.uuid4().hex[:8]}c"
-    first = parts[0][1].about
-    about = {key: [part.about[key][row] for _, part in parts for row in part.rows]
-             for key in ("ids", "owners", "texts", "tags") if key in first}
+    name, first = f"{run[-1].name[:20]}-{uuid.uuid4().hex[:8]}c", parts[0][1].about
+    about = {key: first[key] for key in ("source",) if key in first}
+    for key in ("ids", "owners", "texts", "tags"):
+        if key in first: about[key] = [part.about[key][row] for _, part in parts for row in part.rows]
     with atomic_dir(store.path/name) as out:
-        slices = [(segment, segment.rows(row)) for segment, part in parts for row in part.rows]
-        _copy(out/"vectors.npy", [segment.vectors[part.rows] for segment, part in parts], parts[0][0].vectors)
-        for key in ("sets", "boxes") if "tags" in first else ("sets",):
-            _copy(out/f"{key}.npy", [getattr(segment, key)[rows] for segment, rows in slices], getattr(parts[0][0], key))
-        np.save(out/"offsets.npy", np.cumsum([0, *(o.stop - o.start for _, o in slices)]), allow_pickle=False)
-        about |= dict(source=first["source"]) if "source" in first else {}
+        _write_arrays(out, parts, ("sets", "boxes") if "tags" in first else ("sets",))
         (out/"segment.json").write_text(json.dumps(about), encoding="utf-8")
     return name
 
 # %% ../../nbs/search/00_segments.ipynb #707346bc
+def _size(path):
+    "The bytes of a segment."
+    return sum(p.stat().st_size for p in path.iterdir())
+
 def _remove(path):
-    "Remove a segment or a list that no longer counts; one that cannot be removed stays."
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    "Remove a segment or a list, or leave what cannot be removed; returns the bytes of a segment."
+    if not path.is_dir(): return path.unlink(missing_ok=True) or 0
+    size = _size(path)
+    shutil.rmtree(path, ignore_errors=True)
+    return size
 
 @patch
 def _replaced(self:SetStore):
@@ -412,9 +424,11 @@ def _replaced(self:SetStore):
 
 @patch
 def _sweep(self:SetStore):
-    "Remove what lists have replaced, lists that say nothing any more, and what an interrupted compaction has left."
+    """Remove what lists have replaced, lists that say nothing any more, and what an interrupted compaction has left.
+
+    Returns the bytes of the segments removed."""
     counts = set(self.names())
-    for name in self._replaced(): _remove(self.path/name)
+    freed = sum(_remove(self.path/name) for name in self._replaced())
     entries = set(self._entries())
     lists = {name: self._list(name) for name in sorted(entries) if _LIST_NAME.fullmatch(name)}
     for name, about in list(lists.items()):
@@ -422,9 +436,9 @@ def _sweep(self:SetStore):
         if counts.intersection(about["adds"]) or (entries | others).intersection(about["replaces"]): continue
         _remove(self.path/name)
         del lists[name]
-    for name in entries - counts:
-        if _COMPACT_NAME.fullmatch(name): _remove(self.path/name)
+    freed += sum(_remove(self.path/name) for name in entries - counts if _COMPACT_NAME.fullmatch(name))
     self._open = {name: segment for name, segment in self._open.items() if name in counts}
+    return freed
 
 # %% ../../nbs/search/00_segments.ipynb #f7a7559d
 _PAUSE = .1 # seconds between a list and the removal of what it replaces, for readers that have just looked
@@ -435,13 +449,12 @@ def compact(self:SetStore,
     moved=None, # function from the new names among them, called when they count
 )->int: # bytes that were freed
     "Remove replaced and deleted items from disk. One process at a time; others may read and add meanwhile."
-    def size(): return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
     if not self.path.is_dir(): return 0
     with locked(self.path.with_name(f".{self.path.name}.lock"), "writing this index", wait=True):
-        before, names = size(), self.names()
+        names = self.names()
         if moved and self._replaced(): # a compaction was interrupted
             moved([name for name in names if _COMPACT_NAME.fullmatch(name)])
-        self._sweep()
+        freed = self._sweep()
         runs = _runs(_parts(self))
         adds = [name for name in (_write_joined(self, run) for run in runs) if name]
         replaces = [part.name for run in runs for part in run]
@@ -450,8 +463,8 @@ def compact(self:SetStore,
             write_json(self.path/f"{self.next_name()}.json", dict(adds=adds, replaces=replaces))
             if moved: moved(adds)
             time.sleep(_PAUSE)
-            self._sweep()
-        return max(0, before - size())
+            freed += self._sweep() - sum(_size(self.path/name) for name in adds)
+        return max(0, freed)
 
 # %% ../../nbs/search/00_segments.ipynb #bf7f376b
 FORMAT,VERSION = "aladin-index",1
