@@ -109,7 +109,7 @@ def test_labels(photos, encoders, tmp_path):
                                      ["--encoder", "e", "--detector", "d", "--labels", "l.txt"]])
 def test_options_that_do_not_fit(options, photos, tmp_path, capsys):
     assert main(["extract", "--images", str(photos), "--out", str(tmp_path/"data"), *options]) == 2
-    assert "--detector, --encoder (with --grid, --labels)" in capsys.readouterr().err and not (tmp_path/"data").exists()
+    assert "--detector, one --encoder (with --grid, --labels)" in capsys.readouterr().err and not (tmp_path/"data").exists()
 
 
 def test_options_of_a_detector_need_one(photos, encoders, tmp_path, capsys):

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENCODER_KINDS', 'ENCODERS', 'PictureMap', 'VisionEncoder', 'make_encoder', 'cell_boxes', 'GridRegions', 'Labels',
-           'StoredBoxes', 'BoxRegions', 'register_encoder', 'FunctionEncoder', 'open_encoder']
+           'known_id', 'StoredBoxes', 'MapVectors', 'crop', 'CropVectors', 'is_data', 'StoredVectors', 'BoxRegions',
+           'register_encoder', 'FunctionEncoder', 'open_encoder']
 
 # %% ../../nbs/data/22_encoders.ipynb #68da2fcc
-import hashlib, importlib, json
+import hashlib, importlib, json, os, sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from ..files import atomic_dir, InputError, read_text
 from ..device import default_device, hash_weights, quiet_transformers
-from .regions import box_geometry, read_detections
+from .regions import box_geometry, open_regions, read_detections
 from .extract import find_regions, load_pretrained
 from .boxes import roi_align
+from .splits import regions_folder
 
 # %% ../../nbs/data/22_encoders.ipynb #ac5506de
 @dataclass
@@ -220,6 +223,15 @@ class Labels:
         scores,best = (self.model.logit_scale.exp()*regions @ self.texts.T).softmax(1).max(1)
         return dict(classes=[self.names[i] for i in best.tolist()], confidences=scores.float().cpu().numpy())
 
+# %% ../../nbs/data/22_encoders.ipynb #81650414
+def known_id(
+    image:str, # image id
+    found, # ids that are known
+)->str: # the id, or the same number without zeros before it where that is known and the id is not
+    "An image id as stored regions have it."
+    number = image.lstrip("0") if image.isdigit() else image
+    return number if image not in found and number in found else image
+
 # %% ../../nbs/data/22_encoders.ipynb #2f6043af
 class StoredBoxes:
     "The boxes of a predictions.tsv in place of a detector. Raises `InputError` for an image that it does not have."
@@ -240,43 +252,128 @@ class StoredBoxes:
 
     def _boxes(self, image, size):
         "The boxes of one image, scaled to the size of its picture."
-        found = self.found
+        found,image = self.found,known_id(image, self.found)
         scale = np.divide(size, found.size(image) or size).astype(np.float32)
         return dict(rects=found.rects(image)*np.tile(scale, 2), confidences=found.confidences(image),
                     classes=found.tags(image))
 
+# %% ../../nbs/data/22_encoders.ipynb #0a47cdc9
+class MapVectors:
+    "The mean of an encoder's map in each box, by ROIAlign."
+    def __init__(self,
+        encoder, # gives the `PictureMap` of each picture of a list
+        cells:int=7, # rows and columns at which the map is read in a box
+    ):
+        self.encoder,self.cells = encoder,cells
+        self.fingerprint = f"map {encoder.fingerprint} {cells}"
+
+    def __call__(self,
+        pictures:dict, # image id -> PIL image
+        rects:list, # of each picture the boxes, in pixels, [boxes, 4]
+    )->list: # of each picture the vectors, [boxes, dim]
+        "The vectors of the boxes of some pictures."
+        images = list(pictures.values())
+        return [self._pooled(o.cells, r, p.size) for o,r,p in zip(self.encoder(images), rects, images)]
+
+    def _pooled(self, cells, rects, size):
+        "The vectors of the boxes of one picture."
+        scale = torch.tensor([cells.shape[2]/size[0], cells.shape[1]/size[1]]*2, dtype=torch.float32)
+        rois = F.pad(torch.from_numpy(np.asarray(rects, np.float32))*scale, (1, 0))
+        return roi_align(cells[None], rois, 1., (self.cells, self.cells)).mean((2, 3)).numpy()
+
+# %% ../../nbs/data/22_encoders.ipynb #96d7163f
+def crop(
+    picture, # PIL image
+    rect, # x1 y1 x2 y2 in pixels
+): # PIL image
+    "The part of a picture in a box, with whole pixels and at least one of them."
+    x1,y1 = (min(max(int(v), 0), side - 1) for v,side in zip(rect[:2], picture.size))
+    x2,y2 = (min(max(int(np.ceil(v)), low + 1), side) for v,low,side in zip(rect[2:], (x1, y1), picture.size))
+    return picture.crop((x1, y1, x2, y2))
+
+class CropVectors:
+    "The vector of each box as a picture of its own."
+    def __init__(self,
+        encoder, # gives the `PictureMap` of each picture of a list
+        batch_size:int=32, # boxes at once
+    ):
+        self.encoder,self.batch_size = encoder,batch_size
+        self.fingerprint = f"crops {encoder.fingerprint}"
+
+    def __call__(self,
+        pictures:dict, # image id -> PIL image
+        rects:list, # of each picture the boxes, in pixels, [boxes, 4]
+    )->list: # of each picture the vectors, [boxes, dim]
+        "The vectors of the boxes of some pictures."
+        crops = [crop(p, r) for p,boxes in zip(pictures.values(), rects) for r in boxes]
+        maps = [o for at in range(0, len(crops), self.batch_size) for o in self.encoder(crops[at:at+self.batch_size])]
+        vectors = [(o.cells.mean((1, 2)) if o.pooled is None else o.pooled).numpy() for o in maps]
+        ends = np.cumsum([len(boxes) for boxes in rects])
+        return [np.stack(vectors[end-len(boxes):end]) for end,boxes in zip(ends, rects)]
+
+# %% ../../nbs/data/22_encoders.ipynb #0ce3299d
+def is_data(
+    name:str, # any name
+)->bool:
+    "Whether a name is that of a data folder with regions."
+    return any((regions_folder(name)/o).is_file() for o in ("store.json", "features.tsv"))
+
+class StoredVectors:
+    "The vectors of a data folder with the same boxes. Raises `InputError` where it has another number of them."
+    def __init__(self,
+        data, # data folder
+    ):
+        self.path = regions_folder(data)
+        self.found = open_regions(self.path)
+        self.fingerprint = f"stored {self.found.fingerprint}"
+
+    def __call__(self,
+        pictures:dict, # image id -> PIL image
+        rects:list, # of each picture the boxes, in pixels, [boxes, 4]
+    )->list: # of each picture the vectors, [boxes, dim]
+        "The vectors of the boxes of some pictures."
+        return [self._vectors(image, p.size, boxes) for (image,p),boxes in zip(pictures.items(), rects)]
+
+    def _vectors(self, image, size, rects):
+        "The vectors of one image, whose boxes are compared."
+        vectors = self.found.features(known_id(image, self.found))
+        there,wanted = vectors[:, -6:-2],box_geometry(rects, size)[:, :4]
+        if there.shape != wanted.shape or not np.allclose(there, wanted, atol=5e-3):
+            expected,fix = f"the {len(wanted)} boxes that the vectors are joined to","choose the data of these boxes"
+            found = "others" if there.shape == wanted.shape else f"{len(there)} boxes"
+            raise InputError(self.path, f"image {image}", expected, found, fix)
+        return vectors[:, :-6]
+
 # %% ../../nbs/data/22_encoders.ipynb #6f852b71
 class BoxRegions:
-    "Boxes of a detector with the vectors of an encoder, for `extract`."
+    "Boxes of a detector with vectors from elsewhere, for `extract`."
     def __init__(self,
         boxes, # a detector, or `StoredBoxes`
-        encoder, # gives the `PictureMap` of each picture of a list
-        cells:int=7, # the map is read at this many rows and columns of a box, whose mean is the vector
+        *sources, # `MapVectors`, `CropVectors` and `StoredVectors`; the vectors of several are joined
     ):
-        self.boxes,self.encoder,self.cells = boxes,encoder,cells
+        self.boxes,self.sources = boxes,sources
         self.attribute_names = list(getattr(boxes, "attribute_names", ()))
 
     @property
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "A digest of both."
-        about = [self.boxes.fingerprint, self.encoder.fingerprint, self.cells]
+        "A digest of the boxes and of all sources."
+        about = [self.boxes.fingerprint, *(s.fingerprint for s in self.sources)]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def of_images(self,
         pictures:dict, # image id -> PIL image
     )->list: # of dicts, as `Detector` returns them
         "The regions of some pictures."
-        images = list(pictures.values())
-        rows = zip(find_regions(self.boxes, pictures), self.encoder(images), images)
-        return [o | dict(vectors=self._vectors(m, o["rects"], p.size)) for o,m,p in rows]
+        found = find_regions(self.boxes, pictures)
+        rects = [o["rects"] for o in found]
+        columns = [source(pictures, rects) for source in self.sources]
+        return [o | dict(vectors=self._joined(vectors, o["rects"], p.size))
+                for o,p,*vectors in zip(found, pictures.values(), *columns)]
 
-    def _vectors(self, found, rects, size):
-        "The vector of each box with its six box numbers, float32 [boxes, dim + 6]."
-        dim,rows,columns = found.cells.shape
-        scale = torch.tensor([columns/size[0], rows/size[1]]*2, dtype=torch.float32)
-        rois = F.pad(torch.from_numpy(np.asarray(rects, np.float32))*scale, (1, 0))
-        pooled = roi_align(found.cells[None], rois, 1., (self.cells, self.cells)).mean((2, 3))
-        return np.concatenate([pooled.numpy(), box_geometry(rects, size)], 1).astype(np.float32)
+    def _joined(self, vectors, rects, size):
+        "The vectors of all sources with the six box numbers, float32 [boxes, sum of dims + 6]."
+        return np.concatenate([*vectors, box_geometry(rects, size)], 1).astype(np.float32)
+
 
 # %% ../../nbs/data/22_encoders.ipynb #783fb51f
 ENCODERS = {} # name -> class
@@ -290,6 +387,14 @@ def register_encoder(
         return kind
     return register
 
+@contextmanager
+def _working_folder_first():
+    "Import from the working folder, which an installed command does not do by itself."
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try: yield
+    finally: sys.path[:] = before
+
 class FunctionEncoder:
     "A function as an encoder. Raises `InputError` for one that cannot be imported or returns another shape."
     def __init__(self,
@@ -297,7 +402,8 @@ class FunctionEncoder:
     ):
         self.name = self.fingerprint = name
         module,_,function = name.partition(":")
-        try: self.function = getattr(importlib.import_module(module), function)
+        try:
+            with _working_folder_first(): self.function = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as e:
             fix = "check the name and the working folder"
             raise InputError(name, "encoder", "package.module:function", str(e), fix) from None
