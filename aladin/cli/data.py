@@ -64,7 +64,8 @@ def _check_region_options(options, given):
     joined = boxed == 1 and (given["encoder"] or given["detector"] and not given["crops"])
     if not alone and not (joined and not given["grid"] and not given["labels"]):
         found = " ".join(f"--{name}" for name, value in given.items() if value) or "none"
-        expected = "--detector, one --encoder (with --grid, --labels), or --encoder with --detector or --boxes (with --crops)"
+        expected = ("--detector, one --encoder (with --grid, --labels), "
+                    "or --encoder with --detector or --boxes (with --crops)")
         raise InputError("command line", "options", expected, found, "see aladin extract --help")
     ignored = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if ignored and not given["detector"]:
@@ -96,23 +97,23 @@ def _region_source(options, given):
          "aladin extract --images photos --detector vinvl:vinvl_detector --out photo_regions",
          "aladin extract --images photos --encoder models/vision_clip --grid 2 --out photo_grid")
 def extract_command(
-    # folder of pictures with the folders below it; also of tar archives (WebDataset), Parquet and Arrow files, which are
-    # read where they are; or one such file
+    # folder of pictures with the folders below it; also of tar archives (WebDataset), Parquet and Arrow files, which
+    # are read where they are; or one such file
     images:Folder,
     out:Folder, # data folder to write
     # folder of an object detector of transformers (DETR, RT-DETR, YOLOS and relatives), hub:NAME, which is fetched, or
     # vinvl:DIR for VinVL's detector
     detector:Annotated[str|None, Option("NAME")]=None,
     # vision encoder: folder of a model of transformers (CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt and more), hub:NAME,
-    # or package.module:function; its patches are the regions, or with --detector or --boxes it gives their vectors. The
-    # vectors of several are then joined; a data folder gives those that it has for the same boxes
+    # or package.module:function; its patches are the regions, or with --detector or --boxes it gives their vectors.
+    # The vectors of several are then joined; a data folder gives those that it has for the same boxes
     encoder:Annotated[list[str], Option("NAME")]=(),
     grid:Annotated[int, Option("N", 0, 64)]=0, # with --encoder alone: pool the patches to N x N regions; 0: as they are
     labels:File=None, # with --encoder alone, for CLIP: a label a line, whose nearest is a region's tag
     boxes:File=None, # with --encoder: a predictions.tsv with the boxes and tags, in place of a detector
     crops:bool=False, # with boxes: run the encoder on each box cut out, in place of once on the picture
-    # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions), COCO's,
-    # or one of the formats of aladin import; for archives with captions their folder again
+    # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions),
+    # COCO's, or one of the formats of aladin import; for archives with captions their folder again
     captions:File=None,
     threshold:Annotated[float|None, Option("SCORE", 0)]=None, # lowest score of a box; 0.2 if not given
     least:Annotated[int|None, Option("N", 0, 100_000)]=None, # fewest boxes, whatever their scores; 10 if not given

@@ -141,7 +141,8 @@ def _read_graph(path, run):
     "The graph of a study. Raises `InputError` for another file, and for a run that is not in it."
     from aladin.files import InputError, read_json
     graph = read_json(path)
-    if not isinstance(graph, dict) or not {"cwd", "folder", "name", "prepare", "pretraining", "runs", "zero_shot"} <= set(graph):
+    keys = {"cwd", "folder", "name", "prepare", "pretraining", "runs", "zero_shot"}
+    if not isinstance(graph, dict) or not keys <= set(graph):
         fix = "name the graph.json that aladin results wrote"
         raise InputError(path, "file", "the graph of aladin results", "other JSON", fix)
     if run and run not in {**graph["runs"], **graph["pretraining"], **graph["zero_shot"]}:

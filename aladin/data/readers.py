@@ -9,7 +9,7 @@ __all__ = ['FEATURE_READERS', 'CAPTION_READERS', 'ImageFeatures', 'ImageCaptions
            'file_digest', 'source_digest']
 
 # %% ../../nbs/data/15_readers.ipynb #8cf62b87
-import hashlib, importlib, io, json, os, re, zipfile
+import hashlib, io, json, os, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,8 +6,6 @@
 __all__ = ['TwoTowers', 'encode_zero_shot']
 
 # %% ../../nbs/evaluation/10_zero_shot.ipynb #78e33532
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +35,8 @@ class TwoTowers:
         self.name = str(name)
         self.processor,model = load_pretrained(name, kinds, "a model with two towers", example)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-            expected,fix = "an image tower and a text tower, as CLIP and SigLIP have",f"choose another, such as {example}"
-            raise InputError(name, "model", expected, type(model).__name__, fix)
+            expected = "an image tower and a text tower, as CLIP and SigLIP have"
+            raise InputError(name, "model", expected, type(model).__name__, f"choose another, such as {example}")
         self.tokenizer = tower_tokenizer(name)
         self.model = model.eval().to(default_device())
         self.most = model.config.text_config.max_position_embeddings
