@@ -114,9 +114,10 @@ def _trained(faiss, lists, dim, sample):
     "An empty index, trained on `sample`, a function from a number of vectors to them."
     codes = f"PQ{dim if dim % 2 else dim//2}x4fs"
     index = faiss.index_factory(dim, f"IVF{lists},{codes}" if lists else codes, faiss.METRIC_INNER_PRODUCT)
+    index.pq.cp.min_points_per_centroid = 1 # no warning for few vectors
     if lists:
         index.by_residual = False
-        index.cp.niter, index.cp.max_points_per_centroid = 8, 40
+        index.cp.niter, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 8, 1, 40
     with _one_thread(faiss): index.train(sample(max(16_384, 40*lists)))
     return index
 
