@@ -145,6 +145,16 @@ def search(self:OnnxIndex,
     return [Hit(i, i, score, cosine, None, alignment(place)) for i,cosine,place,score in best]
 
 @patch
+def search_all(self:OnnxIndex,
+    texts:list, # what the pictures should show
+    k:int=10, # number of answers to each
+    rerank:int=100, # candidates that the alignment head ranks; 0: the matching head's order
+    explain:bool=False, # also return the alignment behind each answer
+)->list: # of lists of `Hit`, best first
+    "Find pictures for each text, one after the other: the graph takes one caption at a time."
+    return [self.search(text, k, rerank, explain) for text in texts]
+
+@patch
 def _alignment(self:OnnxIndex, place, words, tokens):
     "The tokens of a text beside the regions at a place of the images."
     store,about = self.items["images"].store,self.captions.about

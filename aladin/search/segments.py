@@ -60,7 +60,7 @@ class Segment:
         if "ids" in self.about: self._check(len(self.about["ids"]), dim)
 
     def _map(self, name):
-        "An array of the file, mapped; as a plain array, since slices of `np.memmap` take six times as long."
+        "An array of the file, mapped; as a plain array, since slices of `np.memmap` take many times as long."
         return np.asarray(np.load(self.folder/f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
     @cached_property
