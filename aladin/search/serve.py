@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastcore.basics import patch
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest, Histogram
 from prometheus_client import ProcessCollector
-from pydantic import AfterValidator, BaseModel, ConfigDict, create_model, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model, Discriminator, Field, Tag
 from starlette.exceptions import HTTPException
 
 import aladin
@@ -48,6 +48,8 @@ def _shows_something(text):
     if any(c.isprintable() and not c.isspace() for c in text): return text
     raise ValueError("Input should be some words")
 
+def _whole(number): return int(number) if isinstance(number, float) and number.is_integer() else number
+
 def _kind(body): return "image" if isinstance(body, dict) and "image" in body and "text" not in body else "text"
 
 def request_models(
@@ -58,16 +60,17 @@ def request_models(
     text = Field(min_length=1, max_length=limits.text, pattern=r"\S", description="what the picture shows")
     text = (Annotated[str, text, AfterValidator(_shows_something)], ...)
     image = (Annotated[str, Field(min_length=1, max_length=_LONGEST, description="id of a picture of the index")], ...)
+    count = Annotated[int, BeforeValidator(_whole)]
     k = Field(min(10, limits.k), ge=1, le=limits.k, description="number of answers")
     rerank = Field(min(100, limits.rerank), ge=0, le=limits.rerank,
                    description="candidates that the alignment head ranks; 0: the matching head's order")
     explained = Field(False, description="also return the words and regions behind each answer")
     def model(name, **fields): return create_model(name, __config__=config, **fields)
-    of_text = model("TextSearch", text=text, k=(int, k), rerank=(int, rerank), explain=(bool, explained))
-    of_image = model("ImageSearch", image=image, k=(int, k))
+    of_text = model("TextSearch", text=text, k=(count, k), rerank=(count, rerank), explain=(bool, explained))
+    of_image = model("ImageSearch", image=image, k=(count, k))
     either = Annotated[of_text, Tag("text")] | Annotated[of_image, Tag("image")]
     return dict(search=Annotated[either, Discriminator(_kind)], pair=model("Pair", text=text, image=image),
-                captions=model("Captions", image=image, k=(int, k), rerank=(int, rerank)))
+                captions=model("Captions", image=image, k=(count, k), rerank=(count, rerank)))
 
 # %% ../../nbs/search/13_serve.ipynb #048acc76
 class Problem(BaseModel):
@@ -486,4 +489,5 @@ def run(
     config = uvicorn.Config(service.app, log_level="warning", access_log=False, server_header=False,
                             timeout_graceful_shutdown=30)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    bound.listen(2048) # connections that are made from now on wait until uvicorn accepts them
     uvicorn.Server(config).run(sockets=[bound])
