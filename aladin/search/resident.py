@@ -6,14 +6,14 @@
 __all__ = ['Question', 'index_state', 'Resident', 'Keeper']
 
 # %% ../../nbs/search/11_resident.ipynb #5d81b360
-import asyncio, time
+import asyncio, os, time
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..files import InputError, report
-from .onnx import OnnxIndex
+from .onnx import ENCODER, OnnxCaptions, OnnxIndex
 from .segments import Items, KINDS, SetStore
 
 # %% ../../nbs/search/11_resident.ipynb #a24aa03a
@@ -48,7 +48,7 @@ class Resident:
         self.folder,self.onnx = Path(folder),onnx
         try: self.state = index_state(self.folder)
         except OSError: self.state = None # opening says what is wrong
-        self.index = OnnxIndex(self.folder, encoder) if onnx else _with_torch(self.folder, model)
+        self.index = _with_onnx(self.folder, encoder) if onnx else _with_torch(self.folder, model)
         self.items = self.index.items if onnx else self.index.engines
         for store in self.index.stores.values(): store.fix()
         for items in self.items.values():
@@ -64,6 +64,12 @@ class Resident:
     def is_current(self)->bool:
         "Whether the index on disk is the one that is open."
         return index_state(self.folder) == self.state
+
+def _with_onnx(folder, encoder):
+    "The index with its encoder; of a new encoder OMP_NUM_THREADS is the number of threads, as it is for torch."
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if encoder is None: encoder = OnnxCaptions(folder/ENCODER, threads=int(threads) if threads.isdecimal() else 0)
+    return OnnxIndex(folder, encoder)
 
 def _with_torch(folder, model):
     "The index with its model; torch is imported here."
