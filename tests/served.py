@@ -43,7 +43,7 @@ class Served:
         self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         line = self.process.stdout.readline()
         assert line.startswith("serving "), self.process.communicate(timeout=30)[1]
-        self.url, self.token = line.split()[-1], token
+        self.folder, self.url, self.token = index, line.split()[-1], token
 
     def __enter__(self): return self
 

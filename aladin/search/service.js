@@ -157,6 +157,8 @@ at("token-form").addEventListener("submit", event => {
   at("query").focus();
   if (at("query").value.trim()) searchText(at("query").value.trim());
 });
-for (const name of ["rerank", "count"]) at(name).addEventListener("change", () => shown.query && searchText(shown.query));
+// Another ranking or number asks again for the text in the box, once something has been asked.
+const again = () => shown.query && at("query").value.trim() && searchText(at("query").value.trim());
+for (const name of ["rerank", "count"]) at(name).addEventListener("change", again);
 about().catch(fail);
 at("query").focus();
