@@ -146,7 +146,7 @@ def model_folder(index): return Path(json.loads((index/"index.json").read_text()
 
 
 def kill_and_restart(served, index, words, bodies):
-    "kill -9 under load, then the same port again: seconds until the first answer, and whether the answers are the same."
+    "kill -9, then the same port again: seconds until the first answer, and whether the answers are the same."
     def first(port): return [h["id"] for h in json.loads(asyncio.run(one(port, "POST", "/search", bodies[0]))[1])["hits"]]
     before, port = first(served.port), served.port
     served.kill()
