@@ -6,10 +6,10 @@
 __all__ = ['InputError', 'RunFailed', 'sync', 'atomic_write', 'remove_if_stale', 'part_dir', 'exchange', 'put',
            'check_output_dir', 'atomic_dir', 'install', 'reserve', 'write_array_header', 'new_array_file', 'Lock',
            'locked', 'report', 'describe_format', 'read_text', 'is_text', 'write_json', 'read_json', 'read_yaml',
-           'resource_dir', 'beside', 'remove_parts', 'write_part', 'read_part']
+           'need_package', 'resource_dir', 'beside', 'remove_parts', 'write_part', 'read_part']
 
 # %% ../nbs/00_files.ipynb #cb3ed048
-import codecs, ctypes, errno, fcntl, glob, json, os, re, secrets, shutil, socket, sys, time
+import codecs, ctypes, errno, fcntl, glob, importlib, json, os, re, secrets, shutil, socket, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -503,6 +503,16 @@ def read_yaml(
         found = f"a {type(value).__name__}"
         raise InputError(path, "top level", "a mapping of keys to values", found, "write `key: value` lines")
     return value
+
+# %% ../nbs/00_files.ipynb #ab54753a
+def need_package(
+    name:str, # as it is imported
+    extra:str="import", # extra of aladin that installs it
+): # the module
+    "Import an optional package. Raises `InputError` where it is not installed."
+    try: return importlib.import_module(name)
+    except ImportError:
+        raise InputError("import", "package", name, "not installed", f"pip install 'aladin[{extra}]'") from None
 
 # %% ../nbs/00_files.ipynb #dfbd429f
 _CHECKOUT = dict(experiments="nbs/experiments", manifests="data_manifests", reference="results/reference",

@@ -85,14 +85,7 @@ def test_boxes_of_a_detector_and_of_a_file(photos, encoders, tmp_path):
 def test_labels(photos, encoders, tmp_path):
     "Tags are the nearest of the labels; the first region's is what the two towers say of the whole picture."
     folder = tmp_path/"clip"
-    shutil.copytree(encoders/"clip", folder)
-    make_clip(tmp_path/"words", ["a photo of a dog", "a photo of a tree", "a photo of a cup"], dim=32, layers=1)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        if (tmp_path/"words"/name).exists(): shutil.copy(tmp_path/"words"/name, folder)
-    end = json.loads((tmp_path/"words"/"config.json").read_text())["eos_token_id"]
-    about = json.loads((folder/"config.json").read_text())
-    about["text_config"]["eos_token_id"] = end  # the tower reads a text where it ends
-    (folder/"config.json").write_text(json.dumps(about))
+    make_encoder(folder, "clip", texts=["a photo of a dog", "a photo of a tree", "a photo of a cup"])
     (tmp_path/"labels.txt").write_text("dog\ntree\n\ncup\ndog\n")
     store = extracted(photos, tmp_path/"data", "--encoder", folder, "--grid", 2, "--labels", tmp_path/"labels.txt")
     encoder = VisionEncoder(str(folder))
@@ -109,7 +102,7 @@ def test_labels(photos, encoders, tmp_path):
                                      ["--encoder", "e", "--detector", "d", "--labels", "l.txt"]])
 def test_options_that_do_not_fit(options, photos, tmp_path, capsys):
     assert main(["extract", "--images", str(photos), "--out", str(tmp_path/"data"), *options]) == 2
-    assert "--detector, --encoder (with --grid, --labels)" in capsys.readouterr().err and not (tmp_path/"data").exists()
+    assert "--detector, one --encoder (with --grid, --labels)" in capsys.readouterr().err and not (tmp_path/"data").exists()
 
 
 def test_options_of_a_detector_need_one(photos, encoders, tmp_path, capsys):

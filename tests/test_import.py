@@ -21,9 +21,9 @@ import import_formats as formats
 from aladin.cli.command import COMMANDS, comments
 from aladin.cli.main import main
 from aladin.data.importing import ImportOptions, import_data
-from aladin.data.readers import CAPTION_READERS, FEATURE_READERS, Notes, detect, need_package
+from aladin.data.readers import CAPTION_READERS, FEATURE_READERS, Notes, detect
 from aladin.data.regions import RegionStore, box_geometry
-from aladin.files import InputError, read_json
+from aladin.files import InputError, need_package, read_json
 from small_inputs import write_picture
 
 root = Path(__file__).resolve().parent.parent

@@ -56,23 +56,38 @@ def _opened(detector, **options):
     return open_detector(detector, **options)
 
 # %% ../../nbs/cli/01_data.ipynb #806f20bb
-def _region_source(detector, options, encoder, grid, labels, boxes):
-    "What finds the regions: a detector, an encoder, or an encoder on the boxes of a detector or a file."
+def _check_region_options(options, given):
+    "Refuse options of `extract` that do not fit together or would be ignored."
     from aladin.files import InputError
-    if (detector and boxes) or not (detector or encoder) or ((grid or labels) and (detector or boxes)):
-        given = dict(detector=detector, encoder=encoder, grid=grid, labels=labels, boxes=boxes)
+    boxed = bool(given["detector"]) + bool(given["boxes"])
+    alone = not boxed and len(given["encoder"]) == 1 and not given["crops"]
+    joined = boxed == 1 and (given["encoder"] or given["detector"] and not given["crops"])
+    if not alone and not (joined and not given["grid"] and not given["labels"]):
         found = " ".join(f"--{name}" for name, value in given.items() if value) or "none"
-        expected = "--detector, --encoder (with --grid, --labels), or --encoder with --detector or --boxes"
+        expected = "--detector, one --encoder (with --grid, --labels), or --encoder with --detector or --boxes (with --crops)"
         raise InputError("command line", "options", expected, found, "see aladin extract --help")
-    if not encoder: return _opened(detector, **options)
-    from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
     ignored = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    if ignored and not detector:
+    if ignored and not given["detector"]:
         raise InputError("command line", "options", "a detector for them", " ".join(ignored), "leave them out")
-    opened = open_encoder(encoder)
-    if boxes: return BoxRegions(StoredBoxes(boxes), opened)
-    if detector: return BoxRegions(_opened(detector, **options), opened)
-    return GridRegions(opened, grid, labels and Labels(labels, opened))
+
+def _vector_source(name, crops):
+    "Vectors for boxes: those of a data folder, or those of an encoder."
+    from aladin.data.encoders import CropVectors, is_data, MapVectors, open_encoder, StoredVectors
+    if is_data(name): return StoredVectors(name)
+    return (CropVectors if crops else MapVectors)(open_encoder(name))
+
+def _region_source(options, given):
+    "What finds the regions: a detector, an encoder, or encoders on the boxes of a detector or a file."
+    _check_region_options(options, given)
+    boxes,encoder = given["boxes"],given["encoder"]
+    detector = given["detector"] and _opened(given["detector"], **options)
+    if not encoder: return detector
+    from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
+    if detector or boxes:
+        return BoxRegions(detector or StoredBoxes(boxes), *(_vector_source(e, given["crops"]) for e in encoder))
+    opened,labels = open_encoder(encoder[0]),given["labels"]
+    return GridRegions(opened, given["grid"], labels and Labels(labels, opened))
+
 
 # %% ../../nbs/cli/01_data.ipynb #0cbf585c
 @command("aladin extract --images photos --detector hub:PekingU/rtdetr_r50vd --out photo_data",
@@ -81,19 +96,23 @@ def _region_source(detector, options, encoder, grid, labels, boxes):
          "aladin extract --images photos --detector vinvl:vinvl_detector --out photo_regions",
          "aladin extract --images photos --encoder models/vision_clip --grid 2 --out photo_grid")
 def extract_command(
-    images:Folder, # folder of pictures, with the folders below it
+    # folder of pictures with the folders below it; also of tar archives (WebDataset), Parquet and Arrow files, which are
+    # read where they are; or one such file
+    images:Folder,
     out:Folder, # data folder to write
     # folder of an object detector of transformers (DETR, RT-DETR, YOLOS and relatives), hub:NAME, which is fetched, or
     # vinvl:DIR for VinVL's detector
     detector:Annotated[str|None, Option("NAME")]=None,
     # vision encoder: folder of a model of transformers (CLIP, SigLIP, DINOv2, ViT, Swin, ConvNeXt and more), hub:NAME,
-    # or package.module:function; its patches are the regions, or with --detector or --boxes it gives their vectors
-    encoder:Annotated[str|None, Option("NAME")]=None,
+    # or package.module:function; its patches are the regions, or with --detector or --boxes it gives their vectors. The
+    # vectors of several are then joined; a data folder gives those that it has for the same boxes
+    encoder:Annotated[list[str], Option("NAME")]=(),
     grid:Annotated[int, Option("N", 0, 64)]=0, # with --encoder alone: pool the patches to N x N regions; 0: as they are
     labels:File=None, # with --encoder alone, for CLIP: a label a line, whose nearest is a region's tag
     boxes:File=None, # with --encoder: a predictions.tsv with the boxes and tags, in place of a detector
-    # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions) or
-    # COCO's
+    crops:bool=False, # with boxes: run the encoder on each box cut out, in place of once on the picture
+    # captions that make it a data set to train on: CSV (columns image, caption, split), JSON (image -> captions), COCO's,
+    # or one of the formats of aladin import; for archives with captions their folder again
     captions:File=None,
     threshold:Annotated[float|None, Option("SCORE", 0)]=None, # lowest score of a box; 0.2 if not given
     least:Annotated[int|None, Option("N", 0, 100_000)]=None, # fewest boxes, whatever their scores; 10 if not given
@@ -116,11 +135,15 @@ def extract_command(
     options = dict(threshold=threshold, least=least, most=most, filter=filter and int(filter),
                    regression=regression or None, operators=operators, precision=precision,
                    attribute_tags=attribute_tags or None)
-    found = _region_source(detector, options, encoder, grid, labels, boxes)
+    found = _region_source(options, dict(detector=detector, encoder=encoder, grid=grid, labels=labels, boxes=boxes,
+                                         crops=crops))
     from aladin.data.extract import extract
-    store = extract(images, found, out, captions, dtype, batch_size, seed, upright=not ignore_exif, tsv=tsv)
+    from aladin.data.pairing import read_picture_captions
+    store = extract(images, found, out, captions, dtype, batch_size, seed, upright=not ignore_exif, tsv=tsv,
+                    read_captions=read_picture_captions)
     how = "as stored" if ignore_exif else "turned as EXIF data say"
-    print(f"{out}: {len(store)} pictures ({how}), {int(store.detections.offsets[-1])} regions of {store.dim} numbers")
+    regions = sum(store.num_regions(i) for i in store.ids)
+    print(f"{out}: {len(store)} pictures ({how}), {regions} regions of {store.dim} numbers")
 
 # %% ../../nbs/cli/01_data.ipynb #263eafc0
 @command("aladin import f30k_precomp --out f30k",

@@ -104,6 +104,8 @@ def results(
     pictures:Folder=None, # folder with the pictures, for the attention figures; the data folder if not given
     # only this configuration, by name or YAML file; may be repeated
     configuration:Annotated[list[str], Option("NAME", repeated=True)]=(),
+    # also a row for a model with two towers, such as CLIP or SigLIP, as it is: its folder, or hub:NAME
+    zero_shot:Annotated[list[str], Option("NAME")]=(),
     seed:Seed=None, # first seed; each configuration's own if not given
     seeds:Annotated[int, Option("N", 1, 10_000)]=1, # train every configuration with N seeds, counted up from the first
     # CPU cores to use, all if not given; with --profile, jobs at a time
@@ -115,7 +117,7 @@ def results(
     "Prepare, train, evaluate and compare the configurations (make results)."
     from aladin.runs.graph import CONFIGURATIONS, run_results
     study = dict(data=data, features=features, name=name, size=size, seed=seed, seeds=seeds, settings=settings,
-                 vocabulary=vocabulary, pictures=pictures, threads=threads,
+                 vocabulary=vocabulary, pictures=pictures, threads=threads, zero_shot=zero_shot,
                  configurations=configuration or CONFIGURATIONS)
     table = run_results(out, jobs, force, profile, say=lambda line: print(line, flush=True), **study)
     print(table.round(1).to_string(index=False))
@@ -139,15 +141,15 @@ def _read_graph(path, run):
     "The graph of a study. Raises `InputError` for another file, and for a run that is not in it."
     from aladin.files import InputError, read_json
     graph = read_json(path)
-    if not isinstance(graph, dict) or not {"cwd", "folder", "name", "prepare", "pretraining", "runs"} <= set(graph):
+    if not isinstance(graph, dict) or not {"cwd", "folder", "name", "prepare", "pretraining", "runs", "zero_shot"} <= set(graph):
         fix = "name the graph.json that aladin results wrote"
         raise InputError(path, "file", "the graph of aladin results", "other JSON", fix)
-    if run and run not in {**graph["runs"], **graph["pretraining"]}:
+    if run and run not in {**graph["runs"], **graph["pretraining"], **graph["zero_shot"]}:
         raise InputError(path, "--run", "a run of the graph", run, "name one of its runs")
     return graph
 
 # %% ../../nbs/cli/02_runs.ipynb #833207e0
-Stage = Literal["prepare", "pretrain", "train", "evaluate", "attention", "report"]
+Stage = Literal["prepare", "pretrain", "train", "evaluate", "attention", "zero_shot", "report"]
 
 @command("aladin stage --graph results/scenes-tiny/graph.json report",
          "aladin stage --graph results/scenes/graph.json train --run alad-alignment-triplet/seed-88")

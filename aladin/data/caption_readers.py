@@ -7,17 +7,16 @@ __all__ = ['split_of_name', 'Karpathy', 'CocoAnnotations', 'Blip', 'TokenFile', 
            'WebDataset']
 
 # %% ../../nbs/data/18_caption_readers.ipynb #dd5639da
-import json, re, tarfile
+import json, re
 from functools import lru_cache
 from pathlib import PurePosixPath
 
 from fastcore.basics import patch
 
-from ..files import InputError, is_text, read_json, read_text
+from ..files import InputError, is_text, need_package, read_json, read_text
 from .formats import read_caption_file
-from .pictures import picture_endings
-from .readers import (
-    caption_reader, CaptionReader, image_id, ImageCaptions, need_package, read_lines)
+from .pictures import picture_endings, read_member, tar_members
+from .readers import caption_reader, CaptionReader, image_id, ImageCaptions, read_lines
 
 # %% ../../nbs/data/18_caption_readers.ipynb #857775ea
 class _Gathered:
@@ -394,28 +393,20 @@ class Arrow(_ManyFiles):
     def read(self): return _gather_rows(self, ((p, _arrow_rows(p)) for p in self.files()))
 
 # %% ../../nbs/data/18_caption_readers.ipynb #77f9b49f
-def _safe_member(path, member):
-    "Raise `InputError` for a link, a device, or a path that leads elsewhere."
-    parts = PurePosixPath(member.name.replace("\\", "/")).parts
-    outside = parts[:1] == ("/",) or ".." in parts or ":" in "".join(parts[:1])
-    if (member.isfile() or member.isdir()) and not outside: return
-    what = f"{member.name} -> {member.linkname}" if member.linkname else member.name
-    raise InputError(path, f"member {member.name}", "files inside the archive", what, "do not use this archive")
-
 def _tar_texts(path):
     "Yield name, ending and content (of texts and JSON) of each member of an archive, in its order."
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                _safe_member(path, member)
-                if not member.isfile(): continue
-                name, _, ending = PurePosixPath(member.name).name.partition(".")
-                is_text = ending in ("txt", "json")
-                if is_text and member.size > 1 << 24: raise ValueError(f"{member.size:,} bytes in {member.name}")
-                yield name, ending, archive.extractfile(member).read().decode("utf-8") if is_text else None
-    except (tarfile.TarError, OSError, ValueError, EOFError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(path, "archive", "a whole tar archive", f"{type(e).__name__}: {e}", "copy it again") from None
+    for member, position, size in tar_members(path):
+        name, _, ending = PurePosixPath(member).name.partition(".")
+        if ending not in ("txt", "json"):
+            yield name, ending, None
+            continue
+        if size > 1 << 24:
+            found = f"{size:,} bytes in {member}"
+            raise InputError(path, "archive", "texts of at most 16 MiB", found, "do not use this archive")
+        try: yield name, ending, read_member(path, position, size).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(path, f"member {member}", "UTF-8", str(e), "write the archive again") from None
+
 
 # %% ../../nbs/data/18_caption_readers.ipynb #a2db440d
 def _sample(path, name, texts):
@@ -453,7 +444,7 @@ class WebDataset(_ManyFiles):
         for o in samples:
             image = f"{o['split']}_{o['name']}" if repeated else o["name"]
             if "filename" in o: image = image_id(o["filename"])
-            about = dict(name=o.get("filename", o["picture"]), split=o["split"] or None)
+            about = dict(name=o.get("filename", o["picture"]), picture=o["picture"], split=o["split"] or None)
             for text in o["captions"]: found.add(f"sample {o['name']}", image, text, **about)
             if not o["captions"]: self.notes.add("samples without captions", o["name"])
         return found.images()

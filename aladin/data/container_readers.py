@@ -12,11 +12,11 @@ import base64, binascii, json, os, re, weakref
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import InputError
+from ..files import InputError, need_package
 from .array_readers import mmf_features, uniter_features
 from .detections import plain_unpickle
 from .readers import feature_reader, FeatureReader, ImageFeatures
-from .readers import need_package, number_array, picture_size, read_npz, stem
+from .readers import number_array, picture_size, read_npz, stem
 
 # %% ../../nbs/data/17_container_readers.ipynb #944c3c40
 def _files_of(path, endings):

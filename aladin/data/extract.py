@@ -18,11 +18,11 @@ from tqdm import tqdm
 from ..files import (
     atomic_dir, beside, check_output_dir, InputError, locked, read_part, remove_parts, write_json, write_part)
 from ..device import default_device, hash_weights
-from .pictures import find_pictures, open_picture
+from .pictures import find_pictures, open_picture, picture_state
 from .regions import (
     Attributes, box_geometry, check_detections, Detections, offsets_of, Regions, RegionStore, write_store, write_tsv)
 from .clip import check_replaceable
-from .formats import captions_by_id, split_captions
+from .formats import captions_by_id, read_caption_file, split_captions
 
 # %% ../../nbs/data/11_extract.ipynb #ad39ce25
 @contextmanager
@@ -335,14 +335,14 @@ def _write_data(source, out, folder, found, splits, dtype, progress, upright, ts
 # %% ../../nbs/data/11_extract.ipynb #37cdbca9
 def _digest(detector, found, batch_size, upright):
     "A digest of all that the regions depend on; of the pictures, the path, the size and the time of change."
-    files = [(i, p, p.stat()) for i,p in found.items()]
+    files = [(i, p, picture_state(p)) for i,p in found.items()]
     states = [[i, str(p), state.st_size, state.st_mtime_ns] for i,p,state in files]
     about = [_VERSION, _PART, detector.fingerprint, batch_size, upright, states]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/11_extract.ipynb #3b3c604e
 def extract(
-    pictures, # folder of pictures
+    pictures, # folder of pictures, or an archive: see `find_pictures`
     detector:Detector, # finds their regions
     out, # data folder to make; a link to an empty folder is followed
     captions=None, # file with captions: see `read_caption_file`
@@ -353,6 +353,7 @@ def extract(
     report=lambda line: print(line, file=sys.stderr), # function that gets a line for each thing that is left out
     upright:bool=True, # turn pictures as their EXIF data says
     tsv:bool=False, # also write tsv/, the regions in the published layout
+    read_captions=read_caption_file, # reads the file with captions
 )->RegionStore:
     """Write a data folder: regions/, pictures.json and, with captions, the splits; resumes where a killed call stopped.
 
@@ -360,7 +361,7 @@ def extract(
     folder,out = Path(pictures),Path(os.path.realpath(out))
     check_output_dir(out)
     found = find_pictures(folder, report)
-    described = captions_by_id(captions, found, folder, report) if captions else {}
+    described = captions_by_id(captions, found, folder, report, read_captions) if captions else {}
     digest = _digest(detector, found, batch_size, upright)
     with locked(beside(out, "lock"), f"writing to {out}"):
         check_output_dir(out)

@@ -172,10 +172,11 @@ def captions_by_id(
     pictures:dict, # image id -> path, from `find_pictures`
     folder, # the folder of the pictures
     report=lambda line: None, # function that is called with a line for each kind of mismatch
+    read=read_caption_file, # reads the file
 )->dict: # image id -> dict of captions (list) and split (or None)
     "Match captions with pictures. Raises `InputError` for an ambiguous name, and where no name matches."
     exact, loose = _caption_names(pictures, folder)
-    named, found = read_caption_file(path), {}
+    named, found = read(path), {}
     absent = []
     for name, o in named.items():
         ids = exact.get(_nfc(name)) or loose.get(_nfc(name)) or ()

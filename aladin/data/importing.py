@@ -22,7 +22,7 @@ from ..files import (
 from . import array_readers, caption_readers, container_readers # noqa: F401 (they fill the registries)
 from .formats import split_captions
 from .pairing import assign_splits, check_missing, merge_captions, pair, parse_splits, SplitRules, SPLITS
-from .pictures import find_pictures, picture_formats
+from .pictures import find_pictures, picture_file, picture_formats
 from .readers import (
     CAPTION_READERS, coco_number, detect, FEATURE_READERS, FeatureReader, Notes, source_digest, stem)
 from .regions import BOX_ORDERS, check_detections, Detections, finish_store, offsets_of, Regions
@@ -225,7 +225,7 @@ class _PictureSizes:
         path = self.paths.get(image)
         if path is None: return None
         try:
-            with Image.open(path, formats=picture_formats()) as picture: return picture.size
+            with Image.open(picture_file(path), formats=picture_formats()) as picture: return picture.size
         except Exception as e: # of many types for damaged files
             raise InputError(path, "file", "a picture", f"{type(e).__name__}: {e}", "copy it again") from None
 

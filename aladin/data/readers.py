@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURE_READERS', 'CAPTION_READERS', 'ImageFeatures', 'ImageCaptions', 'Notes', 'stem', 'coco_number', 'image_id',
-           'Reader', 'FeatureReader', 'CaptionReader', 'feature_reader', 'caption_reader', 'detect', 'need_package',
-           'ArrayFile', 'read_array', 'read_npz', 'npz_names', 'read_objects', 'picture_size', 'number_array',
-           'read_lines', 'file_digest', 'source_digest']
+           'Reader', 'FeatureReader', 'CaptionReader', 'feature_reader', 'caption_reader', 'detect', 'ArrayFile',
+           'read_array', 'read_npz', 'npz_names', 'read_objects', 'picture_size', 'number_array', 'read_lines',
+           'file_digest', 'source_digest']
 
 # %% ../../nbs/data/15_readers.ipynb #8cf62b87
 import hashlib, importlib, io, json, os, re, zipfile
@@ -49,6 +49,7 @@ class ImageCaptions:
     size:tuple|None = None # width and height of the picture in pixels
     place:int|None = None # position of the image in the data set, which some formats use as its id
     part:str = "" # file or folder that the captions come from, without ending, such as captions_train2014
+    picture:str = "" # name of the picture in the same source, where its file once had another name
 
 # %% ../../nbs/data/15_readers.ipynb #1bfc5529
 class Notes:
@@ -219,15 +220,6 @@ def detect(
         raise InputError(path, "format", expected, describe_format(path), "name another file, or the format by --from")
     both = "; ".join(f"{name}: {reason}" for name, reason in found.items())
     raise InputError(path, "format", "one format", both, "choose one by --from, or name a single file")
-
-# %% ../../nbs/data/15_readers.ipynb #10ad80a2
-def need_package(
-    name:str, # as it is imported
-): # the module
-    "Import an optional package. Raises `InputError` where it is not installed."
-    try: return importlib.import_module(name)
-    except ImportError:
-        raise InputError("import", "package", name, "not installed", "pip install 'aladin[import]'") from None
 
 # %% ../../nbs/data/15_readers.ipynb #535a6963
 class ArrayFile:

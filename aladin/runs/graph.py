@@ -17,6 +17,7 @@ from ..files import (
 from ..config import config_from_dict, config_to_dict, ExperimentConfig
 from ..model.authors_config import load_config
 from .reference import compare_runs, comparison_text
+from .stages import zero_shot_name
 
 # %% ../../nbs/runs/04_graph.ipynb #d33372c0
 def _named(name, kind):
@@ -134,7 +135,7 @@ def _clean_notebook(path):
 
 # %% ../../nbs/runs/04_graph.ipynb #d6c2eee4
 def run_notebook(
-    name:str, # prepare, train, evaluate, attention or report
+    name:str, # prepare, pretrain, train, evaluate, attention, zero_shot or report
     folder, # where the executed notebook is written
     parameters:dict, # for its parameters cell
 )->Path: # the executed notebook
@@ -267,6 +268,20 @@ def _with_starts(graph, settings):
         pretraining[r["start"]] = dict(parameters=parameters, digest=_digest(_code_digest()))
     return graph | dict(runs=dict(sorted(runs.items())), pretraining=pretraining)
 
+# %% ../../nbs/runs/04_graph.ipynb #5e5d1890
+def _zero_shot(encoders):
+    "The zero-shot runs as the graph describes them. Raises `InputError` for two of one name, and for no such folder."
+    runs = {}
+    for encoder in map(str, encoders):
+        run,hub = f"{zero_shot_name(encoder)}/seed-0",encoder.startswith("hub:")
+        if not hub: _check_sources(1, **{"zero-shot model": encoder})
+        if run in runs:
+            found = f"{runs[run]['encoder']} and {encoder}"
+            raise InputError("results", "--zero-shot", "models of different names", found, "rename one of the folders")
+        stamps,code = _stamps("" if hub else encoder),_sources("evaluation/zero_shot", "evaluation/metrics")
+        runs[run] = dict(encoder=encoder, digest=_digest(encoder, stamps, code))
+    return runs
+
 # %% ../../nbs/runs/04_graph.ipynb #af9a6c3a
 def describe(
     out="results", # where results/<name> is written
@@ -281,7 +296,8 @@ def describe(
     pictures=None, # folder with the pictures, for the attention figures
     configurations=CONFIGURATIONS, # names or YAML files
     threads:int=1, # CPU threads a run may use
-)->dict: # name, cwd, folder, threads, pictures, prepare, pretraining, runs; paths are relative to cwd
+    zero_shot=(), # models with two towers, such as CLIP, that get a row without training: folders, or hub:NAME
+)->dict: # name, cwd, folder, threads, pictures, prepare, pretraining, runs, zero_shot; paths are relative to cwd
     """The study: every run with its parameters, its start and a digest of what it depends on.
 
     Raises `InputError` for bad names, keys and values."""
@@ -293,7 +309,7 @@ def describe(
     folder = Path(out)/name
     graph = dict(name=name, cwd=os.getcwd(), folder=str(folder), threads=threads,
                  pictures=str(pictures or data or folder/"scenes"),
-                 prepare=_prepare_stage(data, features, size, vocabulary), runs={})
+                 prepare=_prepare_stage(data, features, size, vocabulary), runs={}, zero_shot=_zero_shot(zero_shot))
     for configuration in configurations:
         first = experiment_config(configuration, settings, seed)
         for number in range(first.seed, first.seed+seeds):
@@ -304,7 +320,7 @@ def describe(
 # %% ../../nbs/runs/04_graph.ipynb #a38709b6
 # The file of each stage that is moved last and marks it as done.
 _DONE = dict(prepare="data/prepared.json", pretrain="pretraining.json", train="training.json",
-             evaluate="metrics.json", attention="attention.ipynb", report="table.md")
+             evaluate="metrics.json", attention="attention.ipynb", zero_shot="metrics.json", report="table.md")
 
 def end_with_parent(
     how=signal.SIGTERM, # the signal that ends this process
@@ -330,7 +346,10 @@ def _parameters(graph, stage, run, part):
     folder = Path(graph["folder"])
     data = str(folder/"data")
     if stage == "prepare": return graph["prepare"]["parameters"] | dict(out=str(part))
-    if stage == "report": return dict(folder=str(folder), out=str(part), runs=list(graph["runs"]))
+    if stage == "report": return dict(folder=str(folder), out=str(part), runs=[*graph["runs"], *graph["zero_shot"]])
+    if stage == "zero_shot":
+        return dict(encoder=graph["zero_shot"][run]["encoder"], data=data, pictures=graph["pictures"],
+                    name=graph["name"], out=str(part))
     if stage == "pretrain": return graph["pretraining"][run]["parameters"] | dict(data=data, run=str(part))
     if stage == "evaluate": return dict(run=str(folder/run), data=data, name=graph["name"], out=str(part))
     if stage == "attention": return dict(run=str(folder/run), data=data, pictures=graph["pictures"], out=str(part))
@@ -342,8 +361,8 @@ def _parameters(graph, stage, run, part):
 # %% ../../nbs/runs/04_graph.ipynb #6fd2a829
 def run_stage(
     graph:dict, # from `describe`
-    stage:str, # prepare, pretrain, train, evaluate, attention or report
-    run:str="", # a key of the graph's pretraining or runs, for their stages
+    stage:str, # prepare, pretrain, train, evaluate, attention, zero_shot or report
+    run:str="", # a key of the graph's pretraining, runs or zero_shot, for their stages
     say=print, # function that gets a line of text for each step
 )->Path: # the file that marks the stage as done
     """Execute a stage's notebook and move what it made to its place, all or nothing.

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCENES_SIZES', 'BANK_IMAGES', 'vocabulary_lines', 'prepare_data', 'prepare_scenes', 'needs_teacher', 'pretrain_run',
-           'train_run', 'evaluate_run', 'report', 'length_sweep']
+           'train_run', 'evaluate_run', 'zero_shot_name', 'zero_shot_run', 'report', 'length_sweep']
 
 # %% ../../nbs/runs/03_stages.ipynb #7b342661
-import copy, random, shutil, time
+import copy, random, re, shutil, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ..training.pretraining import pretrain
 from ..training.loop import train, trained_heads, TrainingLog
 from ..evaluation.embeddings import encode_split, save_embeddings
 from ..evaluation.metrics import evaluate_embeddings, evaluate_model
+from ..evaluation.zero_shot import encode_zero_shot, TwoTowers
 from .record import provenance
 from .tables import results_table, students_markdown, students_table, table_markdown
 from .reference import compare_runs, comparison_text
@@ -259,10 +260,14 @@ def _write_training(run, model, history, summary):
 # %% ../../nbs/runs/03_stages.ipynb #fe5fee5b
 BANK_IMAGES = 1000 # number of training images, with their captions, by which hubness is measured
 
+def _bank_images(data, seed):
+    "A random sample of training images."
+    images = list(read_captions(captions_file(data, "train")))
+    return random.Random(seed).sample(images, min(BANK_IMAGES, len(images)))
+
 def _bank(model, data, config):
     "The embeddings of a random sample of training images and their captions."
-    images = list(read_captions(captions_file(data, "train")))
-    chosen = random.Random(config.seed).sample(images, min(BANK_IMAGES, len(images)))
+    chosen = _bank_images(data, config.seed)
     processor = AladinProcessor.from_pretrained(data, config.data)
     return encode_split(model, open_split(data, "train", processor, keys=chosen), progress=False)
 
@@ -306,6 +311,38 @@ def evaluate_run(
     metrics |= {k: training[k] for k in ("best_step", "minival", "train_seconds")}
     metrics |= dict(evaluate_seconds=round(time.perf_counter()-start, 1), seed=config.seed)
     metrics |= {k: training[k] for k in ("config", "made by")}
+    write_json(out/"metrics.json", metrics)
+    return metrics
+
+# %% ../../nbs/runs/03_stages.ipynb #ecb30449
+def zero_shot_name(
+    encoder:str, # folder of the model, or hub:NAME
+)->str: # configuration of the row
+    "The name of a zero-shot row in the tables."
+    return "zero-shot-" + re.sub(r"[^\w.+-]", "-", encoder.removeprefix("hub:").rstrip("/").split("/")[-1])
+
+def zero_shot_run(
+    encoder:str, # folder of a model with two towers, or hub:NAME
+    data, # prepared folder
+    pictures, # folder with the pictures: see `Pictures`
+    name:str, # name of the data set, for the tables
+    out, # folder for embeddings.safetensors and metrics.json
+    progress:bool=True, # show progress bars
+)->dict: # the content of metrics.json
+    "Evaluate a model with two towers on the test set. Raises `InputError` for an image without a picture."
+    start,out = time.perf_counter(),Path(out)
+    towers,keys = TwoTowers(encoder),Path(data)/"test_img_keys.tsv"
+    test = read_keys(keys) if keys.exists() else None
+    embeddings = encode_zero_shot(towers, data, pictures, "test", test, progress=progress)
+    chosen = _bank_images(data, 0)
+    bank = encode_zero_shot(towers, data, pictures, "train", chosen, progress=progress)
+    save_embeddings(embeddings, out/"embeddings.safetensors")
+    metrics = dict(data=name, configuration=zero_shot_name(encoder))
+    metrics |= _head_metrics(data, embeddings, ("matching",), bank, progress)
+    metrics |= dict(images=len(embeddings.image_ids), captions=len(embeddings.caption_image), encoder=encoder,
+                    parameters=sum(p.numel() for p in towers.model.parameters()),
+                    evaluate_seconds=round(time.perf_counter() - start, 1), seed=0)
+    metrics["made by"] = provenance(0)
     write_json(out/"metrics.json", metrics)
     return metrics
 
