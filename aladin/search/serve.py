@@ -81,6 +81,7 @@ class Problem(BaseModel):
     found:str
     fix:str
 
+# %% ../../nbs/search/13_serve.ipynb #195d51a9
 class Refusal(Exception):
     "A request that is answered with an error."
     def __init__(self,
@@ -164,6 +165,9 @@ async def _read_body(scope, receive, most):
     return bytes(body)
 
 # %% ../../nbs/search/13_serve.ipynb #c5702173
+#| export
+
+# %% ../../nbs/search/13_serve.ipynb #6f65bc57
 class Gate:
     "ASGI middleware: measures requests, and checks the token and the size of the body."
     def __init__(self,
@@ -202,6 +206,7 @@ class Gate:
             route = getattr(scope.get("route"), "path_format", "other")
             self.metrics.observe(route, status, time.perf_counter() - start)
 
+# %% ../../nbs/search/13_serve.ipynb #ba3698e1
 def _replay(body, receive):
     "A `receive` that gives the body first."
     first = [dict(type="http.request", body=body, more_body=False)]
@@ -218,6 +223,7 @@ class Explanation(BaseModel):
     regions:list[dict] = Field(description="box (x1 y1 x2 y2, relative to the size), tag and score of each region")
     cosines:list[list[float]] = Field(description="[regions][words]")
 
+# %% ../../nbs/search/13_serve.ipynb #1a761ba7
 class Answer(BaseModel):
     "A picture or a caption that was found."
     id:str = Field(description="image id; of a caption image id#number")
@@ -227,11 +233,13 @@ class Answer(BaseModel):
     text:str|None = Field(None, description="of a caption")
     explanation:Explanation|None = None
 
+# %% ../../nbs/search/13_serve.ipynb #938373b5
 class Answers(BaseModel):
     "Answers, best first."
     hits:list[Answer]
     milliseconds:float = Field(description="from the request's arrival, with the time that it waited")
 
+# %% ../../nbs/search/13_serve.ipynb #9f8c8427
 class Health(BaseModel):
     "What is served."
     status:str = Field(description="ok; or stale, while a changed index cannot be opened and the old one answers")
@@ -296,6 +304,7 @@ async def ask(self:Service,
         fix = "see the log of the service"
         raise Refusal(503, "service", "an index that can be read", "a damaged one", fix) from None
 
+# %% ../../nbs/search/13_serve.ipynb #efc59434
 @patch
 async def hits(self:Service,
     question:Question, # for a list of answers
@@ -339,6 +348,7 @@ def health(self:Service)->dict: # as `Health`
                 captions=now.sizes["captions"], model=now.index.info["model"], encoder="onnx" if now.onnx else "torch",
                 opened=now.opened, version=aladin.__version__, limits=limits)
 
+# %% ../../nbs/search/13_serve.ipynb #0072bec2
 @patch
 def metrics_text(self:Service)->bytes:
     "The metrics in Prometheus's text format."
