@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import InputError, read_json
+from ..files import InputError, need_package, read_json
 from ..model.alignment import contributions
 from .segments import (
     caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index)
@@ -20,11 +20,7 @@ from .segments import (
 # %% ../../nbs/search/04_onnx.ipynb #0f0b87e6
 def _packages():
     "The modules onnxruntime and tokenizers. Raises `InputError` where one is not installed."
-    try: import onnxruntime, tokenizers
-    except ImportError as e:
-        expected,fix = "onnxruntime and tokenizers","pip install 'aladin[export]'"
-        raise InputError("onnx", "package", expected, str(e), fix) from None
-    return onnxruntime,tokenizers
+    return need_package("onnxruntime", "export"),need_package("tokenizers", "export")
 
 class OnnxCaptions:
     "The caption encoder of an export."

@@ -164,9 +164,6 @@ async def _read_body(scope, receive, most):
     if read > most: raise Refusal(413, "body", f"at most {most:,} bytes", "more", "send less")
     return bytes(body)
 
-# %% ../../nbs/search/13_serve.ipynb #c5702173
-#| export
-
 # %% ../../nbs/search/13_serve.ipynb #6f65bc57
 class Gate:
     "ASGI middleware: measures requests, and checks the token and the size of the body."
