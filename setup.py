@@ -13,7 +13,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-optional = ("slurm", "faiss", "search", "import", "evaluation", "export", "docs")
+optional = ("slurm", "faiss", "search", "import", "evaluation", "export", "serve", "docs")
 
 RESOURCES = {"experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]), "manifests": ("data_manifests", ["*.yaml"]),
              "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*.json", "model/*"])}
@@ -45,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["aladin", "aladin.*"]),
-    package_data={"aladin": ["search/pair.js", "search/pair.css", "view/explorer.js", "view/explorer.css"]},
+    package_data={"aladin": ["search/pair.js", "search/pair.css", "search/service.html", "search/service.js", "search/service.css", "view/explorer.js", "view/explorer.css"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in optional} | {"dev": " ".join(cfg[f"{extra}_requirements"] for extra in ("dev", *optional)).split()},
     entry_points={

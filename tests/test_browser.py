@@ -181,6 +181,113 @@ def test_search_page(page, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+# The page of a service
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    "`aladin serve` over thirty scenes, without torch; its address."
+    from served import make_index, Served
+    out = make_index(tmp_path_factory.mktemp("service"))
+    with Served(out/"index", "--onnx", "--max-k", 24) as running: yield running
+
+
+def until(page, condition):
+    "Wait until a condition holds. Playwright's own `wait_for_function` evaluates text in the page, which the page's policy forbids."
+    end = time.monotonic() + 30
+    while not page.evaluate(condition): assert time.monotonic() < end and page.wait_for_timeout(30) is None, condition
+
+
+@pytest.fixture
+def open_service(page, service):
+    "The page of the service, with the answer to a query; its policy must let everything work that it does."
+    page.goto(service.url)
+    until(page, "document.querySelector('#about').textContent.includes('30 pictures, 150 captions')")
+    assert page.evaluate("document.activeElement.id") == "query"
+    page.keyboard.type("a red fish above a green cactus")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chosen:not([hidden]) .al-region")
+    until(page, "document.querySelectorAll('.al-hit img').length === 12")
+    return page
+
+
+def test_service_page_by_keyboard(open_service, service):
+    "A query, a picture, a word: with the keyboard alone, and what lights up is what /pair says."
+    page, text = open_service, "a red fish above a green cactus"
+    found = [h["id"] for h in service.hits(text=text, k=12)]
+    assert [b.get_attribute("data-image") for b in page.locator(".al-hit").all()] == found
+    assert page.locator(".al-hit[aria-pressed=true]").get_attribute("data-image") == found[0] and "12 pictures for" in page.inner_text("#status")
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.className") == "al-hit": break
+    for key in ("ArrowRight", "ArrowRight", "End", "Home", "ArrowRight", "ArrowLeft", "ArrowRight"): page.keyboard.press(key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"#chosen[data-image='{found[1]}']")
+    assert page.locator(".al-hit[aria-pressed=true]").get_attribute("data-image") == found[1]
+    pair = service.ask("/pair", dict(text=text, image=found[1]))[2]
+    assert f"alignment score {pair['score']:.2f}" in page.inner_text(".al-sum") and page.locator(".al-region").count() == len(pair["regions"])
+    assert "blob:" in page.evaluate("getComputedStyle(document.querySelector('.al-picture')).backgroundImage")
+    assert page.evaluate("getComputedStyle(document.querySelector('.al-region')).backgroundColor") == "rgba(0, 0, 0, 0)"  # the picture shows through
+    page.locator(".al-word[data-word='2']").focus()
+    page.keyboard.press("Space")
+    word = pair["words"][2]
+    assert page.locator(".al-best").get_attribute("data-region") == str(word["region"])
+    assert f"“{word['text']}” points at {pair['regions'][word['region']]['tag']}" in page.inner_text(".al-says")
+
+
+def test_service_page_captions_and_similar(open_service, service):
+    page = open_service
+    image = page.locator("#chosen").get_attribute("data-image")
+    captions = [h["text"] for h in service.hits("/captions", image=image, k=5)]
+    assert page.locator(".al-caption").all_inner_texts() == captions
+    page.locator(".al-caption").first.click()
+    until(page, f"document.querySelector('#query').value === {json.dumps(captions[0])}")
+    until(page, f"document.querySelector('#status').textContent.includes({json.dumps(captions[0])})")
+    page.wait_for_selector("#chosen:not([hidden])")
+    image = page.locator("#chosen").get_attribute("data-image")
+    page.click("#like")
+    until(page, f"document.querySelector('#status').textContent.includes('like picture {image}')")
+    assert [b.get_attribute("data-image") for b in page.locator(".al-hit").all()] == [h["id"] for h in service.hits(image=image, k=12)]
+    page.fill("#query", "a tree")
+    page.select_option("#rerank", "matching")
+    page.select_option("#count", "24")
+    page.press("#query", "Enter")
+    until(page, "document.querySelector('#status').textContent.startsWith('24 pictures for “a tree”')")
+    assert [b.get_attribute("data-image") for b in page.locator(".al-hit").all()] == [h["id"] for h in service.hits(text="a tree", k=24, rerank=0)]
+    assert page.locator("#count option").count() == 2  # no more than the service allows
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_service_page_fits_and_is_accessible(open_service, scheme):
+    "axe-core finds nothing in either colour scheme, and a telephone does not scroll sideways."
+    page = open_service
+    page.emulate_media(color_scheme=scheme)
+    dark = [int(v) < 60 for v in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]]
+    assert dark == [scheme == "dark"]*3
+    page.locator(".al-word").first.click()
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+        assert not violations(page), (width, violations(page))
+
+
+def test_service_page_asks_for_the_token(browser, service):
+    "Without the token the page has nothing to show; with it everything, the pictures too."
+    from served import Served
+    with Served(service.folder, "--onnx", ALADIN_SERVE_TOKEN="s3cret") as closed:
+        page = browser.new_page()
+        page.goto(closed.url)
+        page.fill("#query", "a tree")
+        page.press("#query", "Enter")
+        page.wait_for_selector("#token-form:not([hidden])")
+        assert "token: expected the token of the service, found none" in page.inner_text("#problem") and not page.locator(".al-hit").count()
+        assert not violations(page)
+        page.keyboard.type("s3cret")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('.al-hit img').length === 12")
+        assert page.locator("#problem").is_hidden() and page.locator("#token-form").is_hidden()
+        page.close()
+
+
 # The explorer
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@ import hashlib
 import io
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
+import urllib.request
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,7 +37,7 @@ golden = root/"tests"/"golden"
 ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
 ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
-         "evaluate", "compare", "index", "search", "export", "search-study", "demo")
+         "evaluate", "compare", "index", "search", "export", "serve", "search-study", "demo")
 
 
 def runnable(line): return not any(part in line + "\n" for part in ELSEWHERE)
@@ -105,6 +107,7 @@ def world(tmp_path_factory):
     prepare_data(folder/"data", folder/"results"/"scenes"/"data", progress=False)
     shutil.copytree(folder/"model", folder/"results"/"scenes"/"alad-alignment-and-matching-distill"/"seed-88"/"model")
     write_imports(folder)
+    (folder/"token.txt").write_text("a-token\n")
     (folder/"queries.txt").write_text("a red fish\ntwo hats\n")
     write_scores(folder, ("alad-alignment-and-matching-distill", "alad-matching-distill-finetune"))
     return folder
@@ -121,9 +124,21 @@ def served(world):
     server.shutdown()
 
 
+def run_service(words):
+    "A service as a process, at a free port: until it answers, then until SIGTERM has ended it."
+    if "--port" not in words: words = [*words, "--port", "0"]
+    words = ["0" if before == "--port" else word for before, word in zip(["", *words], words)]
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if line: urllib.request.urlopen(line.split()[-1] + "/health").close()
+    process.terminate()
+    return process.wait(60), line
+
+
 def run(line, monkeypatch):
     "Run a command line in this process; `< FILE` as a shell does it."
     words = shlex.split(line)
+    if words[1] == "serve": return run_service(words)
     if "<" in words:
         at = words.index("<")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(words[at + 1]).read_bytes())))

@@ -46,6 +46,11 @@ def test_the_archive_can_be_built_again(built):
         assert f"{top}/{name}" in names, name
 
 
+def test_views_are_installed(built):
+    names = zipfile.ZipFile(built[0]).namelist()
+    for name in ("search/pair.js", "search/pair.css", "search/service.html", "search/service.js", "search/service.css", "view/explorer.js", "view/explorer.css"): assert f"aladin/{name}" in names, name
+
+
 def test_no_pickles_and_no_notebook_of_a_module(built):
     names = zipfile.ZipFile(built[0]).namelist()
     assert not [n for n in names if n.endswith((".pt", ".pkl", ".bin"))]

@@ -59,10 +59,12 @@ def _opened(detector, **options):
 def _check_region_options(options, given):
     "Refuse options of `extract` that do not fit together or would be ignored."
     from aladin.files import InputError
-    boxed = bool(given["detector"]) + bool(given["boxes"])
-    alone = not boxed and len(given["encoder"]) == 1 and not given["crops"]
-    joined = boxed == 1 and (given["encoder"] or given["detector"] and not given["crops"])
-    if not alone and not (joined and not given["grid"] and not given["labels"]):
+    if given["detector"] or given["boxes"]:
+        needs_encoder = given["boxes"] or given["crops"]
+        wrong = given["detector"] and given["boxes"] or given["grid"] or given["labels"]
+        wrong = wrong or needs_encoder and not given["encoder"]
+    else: wrong = len(given["encoder"]) != 1 or given["crops"]
+    if wrong:
         found = " ".join(f"--{name}" for name, value in given.items() if value) or "none"
         expected = ("--detector, one --encoder (with --grid, --labels), "
                     "or --encoder with --detector or --boxes (with --crops)")

@@ -21,6 +21,7 @@ _ENVIRONMENT = """environment variables:
                         last digits each time
   ALADIN_VINVL_TOKEN    read token for Microsoft's store of VinVL's files
   ALADIN_MILVUS_TOKEN   token of a Milvus server
+  ALADIN_SERVE_TOKEN    token that requests to aladin serve must carry
 """
 
 # %% ../../nbs/cli/05_main.ipynb #86a64aa4

@@ -333,7 +333,7 @@ def is_data(
     return any((regions_folder(name)/o).is_file() for o in ("store.json", "features.tsv"))
 
 class StoredVectors:
-    "The vectors of a data folder with the same boxes. Raises `InputError` where it has another number of them."
+    "The vectors that a data folder has for the same boxes. Raises `InputError` where its boxes are others."
     def __init__(self,
         data, # data folder
     ):

@@ -194,16 +194,15 @@ class _ArrowParts:
 
 # %% ../../nbs/data/01_pictures.ipynb #67d4024b
 class TablePictures:
-    "The pictures in a Parquet or Arrow file. Raises `InputError` for a damaged file and for one without pictures."
+    "The pictures in a Parquet or Arrow file, none where no column has any. Raises `InputError` for a damaged file."
     def __init__(self,
         path, # the file
     ):
         self.path,self._lock,self._last = Path(path),threading.Lock(),(None, None)
-        self._kind = "Arrow" if self.path.suffix == ".arrow" else "Parquet"
+        self._kind = "Arrow" if self.path.suffix.lower() == ".arrow" else "Parquet"
         with self._errors():
             self._parts = (_ArrowParts if self._kind == "Arrow" else _ParquetParts)(path)
             found = _picture_column(self._parts.schema)
-            self.has_pictures = found is not None
             self._column,self._struct,named = found or ("",False,False)
             self._starts,self._rows = np.cumsum([0, *self._parts.counts]),{}
             if found: self._set_names(list(self._parts.names(self._column, named)) or [{}]*int(self._starts[-1]))
@@ -350,7 +349,7 @@ _KINDS = dict(unread="files of picture formats that cannot be read", hidden="hid
 def _archived(path, inside, passed):
     "Yield the pictures of an archive as name in the archive and path."
     archive = open_archive(path)
-    if not getattr(archive, "has_pictures", True): passed["tables"].append(inside)
+    if isinstance(archive, TablePictures) and not archive.names: passed["tables"].append(inside)
     for name in archive.names: yield name, path/name
 
 def _walk(folder, passed):

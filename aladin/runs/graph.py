@@ -269,6 +269,10 @@ def _with_starts(graph, settings):
     return graph | dict(runs=dict(sorted(runs.items())), pretraining=pretraining)
 
 # %% ../../nbs/runs/04_graph.ipynb #5e5d1890
+_ZERO_SHOT_CODE = (
+    "device", "data/pictures", "data/text", "data/encoders", "evaluation/embeddings", "evaluation/scoring",
+    "evaluation/metrics", "evaluation/zero_shot")
+
 def _zero_shot(encoders):
     "The zero-shot runs as the graph describes them. Raises `InputError` for two of one name, and for no such folder."
     runs = {}
@@ -278,7 +282,7 @@ def _zero_shot(encoders):
         if run in runs:
             found = f"{runs[run]['encoder']} and {encoder}"
             raise InputError("results", "--zero-shot", "models of different names", found, "rename one of the folders")
-        stamps,code = _stamps("" if hub else encoder),_sources("evaluation/zero_shot", "evaluation/metrics")
+        stamps,code = _stamps("" if hub else encoder),_sources(*_ZERO_SHOT_CODE)
         runs[run] = dict(encoder=encoder, digest=_digest(encoder, stamps, code))
     return runs
 

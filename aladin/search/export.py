@@ -15,18 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..files import atomic_write, InputError, RunFailed, write_json
+from ..files import atomic_write, InputError, need_package, RunFailed, write_json
 from ..data.ragged import Ragged
 from ..model.backbone import transformer_layer
 from .index import SearchIndex
 from .onnx import OnnxCaptions
-
-# %% ../../nbs/search/07_export.ipynb #f7b9e032
-def _package(name):
-    "Import an optional package. Raises `InputError` if it is not installed."
-    try: return __import__(name)
-    except ImportError:
-        raise InputError("export", "package", name, "not installed", "pip install 'aladin[export]'") from None
 
 # %% ../../nbs/search/07_export.ipynb #e4dc1b03
 def _append(group, name, values, **options):
@@ -49,7 +42,7 @@ def export_hdf5(
 
     vectors are [items, dim] in float32, sets [total, dim] in float16, offsets [items + 1] in int64. The group captions
     has also image_ids and texts. Raises `InputError` if h5py is not installed."""
-    h5py = _package("h5py")
+    h5py = need_package("h5py", "export")
     text = h5py.string_dtype()
     with atomic_write(path) as part, h5py.File(part, "w") as f:
         f.attrs["model"] = index.info["model"]
@@ -84,7 +77,7 @@ def export_parquet(
     """Write a row for each image (id, vector) and a row for each caption (id, image_id, text, vector).
 
     Raises `InputError` if pyarrow is not installed."""
-    _package("pyarrow")
+    need_package("pyarrow", "export")
     import pyarrow as pa, pyarrow.parquet as pq
     text, vector = pa.string(), pa.list_(pa.float32(), index.info["dim"])
     fields = dict(images=dict(id=text, vector=vector),
@@ -152,7 +145,7 @@ def _quiet(*names):
 # %% ../../nbs/search/07_export.ipynb #28a3a2c2
 def _to_onnx(model, path):
     "Write the caption encoder, for inputs of any length that the model allows."
-    for name in ("onnx", "onnxscript"): _package(name)
+    for name in ("onnx", "onnxscript"): need_package(name, "export")
     length = torch.export.Dim("length", min=3, max=model.config.max_tokens)
     example = torch.arange(6) % model.config.vocab_size
     with _quiet("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir"), torch.no_grad():
@@ -222,7 +215,7 @@ def export_onnx(
     Raises `InputError` for a model that cannot be exported and `RunFailed` if a vector differs by more than 1e-4."""
     model, folder = index.model, Path(folder)
     _check_exportable(model.config)
-    _package("onnxruntime")
+    need_package("onnxruntime", "export")
     folder.mkdir(parents=True, exist_ok=True)
     about = _describe_encoder(index)
     _write_encoders(model, folder)

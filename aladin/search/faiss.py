@@ -13,20 +13,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import atomic_dir, InputError, locked, read_json, report, reserve, write_array_header, write_json
+from ..files import (
+    atomic_dir, InputError, locked, need_package, read_json, report, reserve, write_array_header, write_json)
 from ..data.regions import check_offsets, map_array
 from .segments import check_finite, Items, Segment, SetStore
 
 # %% ../../nbs/search/02_faiss.ipynb #2faefd1f
 _AGAIN = "remove this folder; aladin index makes it again from the segments"
-
-def _faiss():
-    "The module faiss; raises `InputError` where it is not installed."
-    try: import faiss
-    except ImportError:
-        fix = "pip install 'aladin[faiss]', or build with the exact engine"
-        raise InputError("engine", "faiss", "the package faiss-cpu", "not installed", fix) from None
-    return faiss
 
 # %% ../../nbs/search/02_faiss.ipynb #c68b2f95
 def _bytes(text):
@@ -163,7 +156,7 @@ class Codes:
     def __init__(self,
         folder, # written by `write_codes`
     ):
-        faiss = _faiss()
+        faiss = need_package("faiss", "faiss")
         self.folder = Path(folder)
         self.about = about = _read_about(self.folder)
         _check_digests(self.folder, about["digests"])
@@ -211,7 +204,7 @@ class Codes:
 @patch
 def _candidates(self:Codes, query, pool, probes):
     "The rows of the `pool` best codes; with lists, of those in the `probes` nearest ones."
-    faiss = _faiss()
+    faiss = need_package("faiss", "faiss")
     options = faiss.SearchParametersIVF(nprobe=probes) if hasattr(self.index, "nlist") else None
     found = self.index.search(query[None], pool, params=options)[1][0]
     return np.sort(found[found >= 0])
@@ -346,7 +339,7 @@ def write_codes(
     old=None, # `Codes` of the first of these segments, whose rows are kept
 ):
     "Make a folder for `Codes` from segments. Raises `InputError` for segments that are damaged."
-    faiss = _faiss()
+    faiss = need_package("faiss", "faiss")
     live, seen = _live_rows(store, names[len(old.segments):] if old else names)
     dead = np.array(old.dead) if old else np.zeros(0, bool)
     for item in seen if old else (): dead[old.ids.rows(item)] = True
@@ -414,7 +407,7 @@ class FaissEngine:
     def __init__(self,
         store:SetStore, # where the vectors and sets of the items lie
     ):
-        _faiss()
+        need_package("faiss", "faiss")
         self.store = store
         self.folder = store.path.with_name(f"{store.path.name}.faiss") # of the sets of codes
         self._tail, self._listed = _Tail(store, None), None

@@ -429,3 +429,13 @@ def pair(self:SearchIndex,
     vector, regions, alignment = steady(self.stores["images"], look)
     score, matching = float(self.model.alignment_of(regions, asked.tokens)), float(vector @ asked.matching[0])
     return Hit(str(image_id), str(image_id), score, matching, None, alignment)
+
+# %% ../../nbs/search/04_index.ipynb #4d1b4065
+@patch
+def similar(self:SearchIndex,
+    image_id:str, # a picture of the index
+    k:int=10, # number of answers
+)->list: # of `Hit`, best first, without the picture itself
+    "Find pictures like a picture, by the matching head. Raises `InputError` for one that is not in the index."
+    best = self.ranked("images", self._image(image_id)[1][None], None, k + 1, 0)[0]
+    return [Hit(i, i, score, cosine) for i,cosine,_,score in best if i != str(image_id)][:k]

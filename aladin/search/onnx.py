@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..files import InputError, read_json
+from ..files import InputError, need_package, read_json
 from ..model.alignment import contributions
 from .faiss import FaissEngine
 from .segments import (
@@ -21,11 +21,7 @@ from .segments import (
 # %% ../../nbs/search/06_onnx.ipynb #0f0b87e6
 def _packages():
     "The modules onnxruntime and tokenizers. Raises `InputError` where one is not installed."
-    try: import onnxruntime, tokenizers
-    except ImportError as e:
-        expected,fix = "onnxruntime and tokenizers","pip install 'aladin[export]'"
-        raise InputError("onnx", "package", expected, str(e), fix) from None
-    return onnxruntime,tokenizers
+    return need_package("onnxruntime", "export"),need_package("tokenizers", "export")
 
 class OnnxCaptions:
     "The caption encoder of an export."
@@ -35,7 +31,7 @@ class OnnxCaptions:
         threads:int=0, # CPU threads; 0: as onnxruntime chooses
     ):
         onnxruntime,tokenizers = _packages()
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         path = folder/("caption_encoder.int8.onnx" if int8 else "caption_encoder.onnx")
         if not path.exists():
             raise InputError(path, "file", "a caption encoder", "nothing there", "make it with aladin export")
@@ -71,7 +67,7 @@ class OnnxIndex:
     "An index that is searched without torch: `search` and `search_captions`, as in `SearchIndex`."
     def __init__(self,
         folder, # of an index whose engine is exact or faiss
-        encoder=None, # folder of the exported caption encoder; encoder/ in the index when not given
+        encoder=None, # `OnnxCaptions`, or the folder of an export; encoder/ in the index when not given
     ):
         self.folder = Path(folder)
         self.info = read_index(self.folder)
@@ -79,15 +75,18 @@ class OnnxIndex:
         if engine is None:
             fix = "search this index with torch, or build one with another engine"
             raise InputError(self.folder/"index.json", "engine", "exact or faiss", self.info["engine"], fix)
-        self.captions = OnnxCaptions(encoder or self.folder/ENCODER)
+        loaded = isinstance(encoder, OnnxCaptions)
+        self.captions = encoder if loaded else OnnxCaptions(encoder or self.folder/ENCODER)
         if self.captions.about.get("model") != self.info["model"]:
-            path = Path(encoder or self.folder/ENCODER)/"caption_encoder.json"
-            found = self.captions.about.get("model")
+            path,found = self.captions.folder/"caption_encoder.json",self.captions.about.get("model")
             expected = f"{self.info['model']}, as in index.json"
             raise InputError(path, "model", expected, found, "export the encoder again")
-        self.items = {kind: engine(store) for kind,store in open_stores(self.folder, self.info["dim"]).items()}
+        self.stores = open_stores(self.folder, self.info["dim"])
+        self.items = {kind: engine(store) for kind,store in self.stores.items()}
 
     def __len__(self): return len(self.items["images"])
+
+    def __contains__(self, image_id): return bool(self.items["images"].find([str(image_id)]))
 
     def close(self): "Does nothing: no connection is open."
 
@@ -116,15 +115,24 @@ def _candidates(self:OnnxIndex, kind, vector, k):
     return [(i, float(matching[row]), place) for row,(i,place) in zip(rows, items.located(rows))]
 
 @patch
-def _ranked(self:OnnxIndex, kind, vector, cosines, k, rerank):
-    "The k best items: (id, cosine, place, score). `cosines` gives the table of a candidate's set."
+def _scores(self:OnnxIndex, kind, cosines, lengths):
+    "The alignment scores of candidates; `cosines` are those of all their rows [rows, others], `lengths` their rows."
+    about,images = self.captions.about,kind == "images"
+    if images and about["aggregation"] == "MrSw" and lengths.all(): # all candidates at once
+        best = np.maximum.reduceat(cosines, lengths.cumsum() - lengths)
+        return np.maximum(best, 0 if about["clamp"] else -1).sum(1)
+    tables = np.split(cosines, lengths.cumsum()[:-1])
+    return np.array([self._score(o if images else o.T) for o in tables])
+
+@patch
+def _ranked(self:OnnxIndex, kind, vector, others, k, rerank):
+    "The k best items: (id, cosine, place, score). `others` is the query's own set, [rows, dim]."
     found = self._candidates(kind, vector, max(k, rerank))
     if not found: return []
     scores = np.array([cosine for _,cosine,_ in found])
     if rerank:
         values,lengths = self.items[kind].store.arrays([place for *_,place in found])
-        sets = np.split(values, lengths.cumsum()[:-1])
-        scores = np.array([self._score(cosines(o)) for o in sets])
+        scores = self._scores(kind, values @ others.T, lengths)
     order = np.argsort(-scores, kind="stable")[:k]
     return [(*found[o], float(scores[o])) for o in order]
 
@@ -140,9 +148,26 @@ def search(self:OnnxIndex,
     vector,words,tokens = self.captions(text)
     def alignment(place): return self._alignment(place, words, tokens) if explain else None
     def look():
-        best = self._ranked("images", vector, lambda regions: regions @ words.T, k, rerank)
+        best = self._ranked("images", vector, words, k, rerank)
         return [Hit(i, i, score, cosine, None, alignment(place)) for i,cosine,place,score in best]
     return steady(self.items["images"].store, look)
+
+@patch
+def _alignment(self:OnnxIndex, place, words, tokens):
+    "The tokens of a text beside the regions at a place of the images."
+    store,about = self.items["images"].store,self.captions.about
+    cosines = store.arrays([place])[0] @ words.T
+    return picture_alignment(store, place, tokens, cosines, about["aggregation"], about["clamp"])
+
+@patch
+def search_all(self:OnnxIndex,
+    texts:list, # what the pictures should show
+    k:int=10, # number of answers to each
+    rerank:int=100, # candidates that the alignment head ranks; 0: the matching head's order
+    explain:bool=False, # also return the alignment behind each answer
+)->list: # of lists of `Hit`, best first
+    "Find pictures for each text, one after the other: the graph takes one caption at a time."
+    return [self.search(text, k, rerank, explain) for text in texts]
 
 @patch
 def _alignment(self:OnnxIndex, place, words, tokens):
@@ -162,6 +187,29 @@ def search_captions(self:OnnxIndex,
     def look():
         place = picture_place(self.folder, self.items["images"], image_id)
         regions,vector = images.arrays([place])[0],images.segment(place[0]).vectors[place[1]]
-        best = self._ranked("captions", vector, lambda words: regions @ words.T, k, rerank)
+        best = self._ranked("captions", vector, regions, k, rerank)
         return [caption_hit(captions, *o) for o in best]
     return steady(images, lambda: steady(captions, look))
+
+# %% ../../nbs/search/06_onnx.ipynb #0d5f865a
+@patch
+def pair(self:OnnxIndex,
+    query:str, # a caption
+    image_id:str, # a picture of the index
+)->Hit: # with both heads' scores and the alignment
+    "Compare one caption with one picture. Raises `InputError` for a picture that is not in the index."
+    items,(vector,words,tokens) = self.items["images"],self.captions(query)
+    place = picture_place(self.folder, items, image_id)
+    alignment,own = self._alignment(place, words, tokens),items.store.segment(place[0]).vectors[place[1]]
+    return Hit(str(image_id), str(image_id), self._score(alignment.cosines), float(own @ vector), None, alignment)
+
+@patch
+def similar(self:OnnxIndex,
+    image_id:str, # a picture of the index
+    k:int=10, # number of answers
+)->list: # of `Hit`, best first, without the picture itself
+    "Find pictures like a picture, by the matching head. Raises `InputError` for one that is not in the index."
+    name,row = picture_place(self.folder, self.items["images"], image_id)
+    vector = self.items["images"].store.segment(name).vectors[row]
+    best = self._ranked("images", vector, None, k + 1, 0)
+    return [Hit(i, i, score, cosine) for i,cosine,_,score in best if i != str(image_id)][:k]

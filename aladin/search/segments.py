@@ -59,7 +59,9 @@ class Segment:
         self.about = _read_about(self.folder/"segment.json", keys) # ids, owners, source, texts or tags; or deleted
         if "ids" in self.about: self._check(len(self.about["ids"]), dim)
 
-    def _map(self, name): return np.load(self.folder/f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    def _map(self, name):
+        "An array of the file, mapped; as a plain array, since slices of `np.memmap` take many times as long."
+        return np.asarray(np.load(self.folder/f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
     @cached_property
     def sets(self):
@@ -124,9 +126,11 @@ class SetStore:
         self.dim = dim
         self._open = {}
         self._lists = {} # what `compact` has written, by name
+        self._fixed = None # the names that count, after `fix`
 
     def names(self)->list:
         "The names of the segments that count, oldest first. Whatever else lies in the folder is ignored."
+        if self._fixed is not None: return self._fixed
         while True:
             entries = self._entries()
             try: lists = [self._list(name) for name in entries if _LIST_NAME.fullmatch(name)]
@@ -164,6 +168,12 @@ class SetStore:
             raise InputError(self.path/name, "segment", expected, "nothing there", _AGAIN)
         self._open[name] = Segment(self.path/name, self.keys, self.dim)
         return self._open[name]
+
+# %% ../../nbs/search/00_segments.ipynb #9362b18a
+@patch
+def fix(self:SetStore):
+    "From now on `names` has the segments that are there now, whatever is written later."
+    self._fixed = self.names()
 
 # %% ../../nbs/search/00_segments.ipynb #aabecd96
 @patch
