@@ -92,7 +92,7 @@ def create(cls:SearchIndex,
     folder, # to be made
     model:AladinModel, # with its processor
     engine:str="exact", # exact; faiss, codes in the folder; milvus, a file in it; or the address of a Milvus server
-    approximate:bool=False, # Milvus only: search a graph (HNSW) instead of every vector
+    approximate:bool=False, # Milvus only: from 200,000 vectors on, search a graph (HNSW) instead of every vector
 ):
     "Make an empty index. Raises `InputError` for a folder with other files."
     folder = Path(folder)
