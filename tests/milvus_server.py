@@ -11,6 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
+TOKEN = "root:Milvus"
 PORTS = ["proxy", "proxy_internal", "etcd", "root_coord", "data_coord", "data_node", "query_coord", "query_node", "index_coord", "index_node"]
 
 

@@ -329,6 +329,7 @@ def drop(self:MilvusEngine,
 ):
     "Delete these items; they are gone when the call returns."
     for some in _batches(ids): self.client.delete(self.collection, filter=_among("id", some))
+    self.find(ids[:1]) # strong, so it returns when the deletion is applied; `session` does not wait for deletions
 
 # %% ../../nbs/search/03_engines.ipynb #09813390
 @patch
