@@ -173,43 +173,47 @@ class _Client:
         import grpc
         self._client = _connect(pymilvus, uri)
         self._uri = uri
+        self._is_server = uri.startswith("http")
         self._errors = pymilvus.MilvusException, grpc.RpcError
+
+    def _passes(self, error): return self._is_server and _passes(error)
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
         def call(*args, **options):
-            if name in _BOUNDED: options.setdefault("timeout", _PATIENCE + len(options.get("data", ())))
-            with _quiet(): return self._repeat(name, lambda: method(*args, **options))
+            many = len(options["data"]) if name == "search" else 0 # each query may take a second
+            if name in _BOUNDED: options["timeout"] = _PATIENCE + many
+            with _quiet(), self._waiting(name, many) as failed:
+                while True:
+                    try: return method(*args, **options)
+                    except self._errors as e: failed(e)
+                    time.sleep(.5)
         return call
-
-    def _repeat(self, name, request):
-        "The answer to a request, which is repeated while its server is being started."
-        start,last = time.monotonic(),["no answer yet"]
-        def say(): report(f"{self._uri}: waiting for Milvus, {_PATIENCE} s at most ({last[0]})")
-        timer = threading.Timer(_SOON, say)
-        timer.daemon = True
-        timer.start()
-        try:
-            while True:
-                try: return request()
-                except self._errors as e:
-                    last[0] = _brief(e)
-                    if _refused(e): raise _token_error(self._uri, e) from None
-                    waited = time.monotonic() - start
-                    if not self._may_pass(e, waited): raise self._failed(name, last[0], waited) from None
-                time.sleep(.5)
-        finally: timer.cancel()
 
 # %% ../../nbs/search/03_engines.ipynb #ed929a2a
 @patch
-def _may_pass(self:_Client, error, waited):
-    "Whether to repeat a request that has failed: at a server, for a while."
-    return self._uri.startswith("http") and waited < _PATIENCE and _passes(error)
+@contextmanager
+def _waiting(self:_Client, name, many):
+    "Yield a function that takes an error: it returns where the request is to be repeated, or raises `InputError`."
+    start,last,most = time.monotonic(),"no answer yet",_PATIENCE + many
+    def say(): report(f"{self._uri}: waiting for Milvus, {most} s at most ({last})")
+    timer = threading.Timer(_SOON + many/10, say)
+    timer.daemon = True
+    def failed(error):
+        nonlocal last
+        last = _brief(error)
+        if _refused(error): raise _token_error(self._uri, error) from None
+        waited = time.monotonic() - start
+        if waited > most or not self._passes(error): raise self._error(name, last, waited) from None
+        if timer.ident is None: timer.start()
+    if name in _BOUNDED and self._is_server: timer.start()
+    try: yield failed
+    finally: timer.cancel()
 
 @patch
-def _failed(self:_Client, name, found, waited):
+def _error(self:_Client, name, found, waited):
     "The error for a request without an answer."
-    within = f" within {_PATIENCE} s" if waited > 1 else ""
+    within = f" within {waited:.0f} s" if waited > 1 else ""
     fix = "see that the server runs and has loaded the collection, and give the command again"
     return InputError(self._uri, f"Milvus, {name}", f"an answer{within}", found,
                       f"{fix}; what was acknowledged before is safe")
@@ -288,7 +292,7 @@ def _make_index(self:MilvusEngine):
     if self._large(): how = dict(index_type="HNSW", params=dict(M=32, efConstruction=200))
     index = self.client.prepare_index_params()
     index.add_index("vector", metric_type="IP", **how)
-    self.client.create_index(self.collection, index)
+    self.client.create_index(self.collection, index, sync=self._large()) # FLAT has nothing to build
 
 # %% ../../nbs/search/03_engines.ipynb #8f39491a
 @patch
