@@ -52,7 +52,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    pytest.importorskip("milvus", reason="the Milvus server is not installed: pip install 'aladin[server-tests]'")
+    pytest.importorskip("milvus", reason="no package milvus with a server for Linux on x86_64: pip install 'aladin[server-tests]'")
     server = Server(tmp_path_factory.mktemp("milvus"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, milvus_server.TOKEN)
