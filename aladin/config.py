@@ -99,6 +99,7 @@ class TrainingSettings:
     warmup_steps:int = number(0, ge=0) # steps of linear warm-up
     grad_clip:float = number(2.0, ge=0) # largest norm of the gradient; 0: no clipping
     validate_every:int = number(1000, ge=1) # steps between validations on minival
+    start_from:str = "" # configuration whose trained weights, the matching head's too, are the start; empty: none
     pretrain_steps:int = number(0, ge=0) # steps of pre-training where no pre-trained backbone exists
     pretrain_lr:float = number(1e-3, gt=0) # learning rate of the pre-training
     pretrain_batch_size:int = number(0, ge=0) # image-caption pairs in a step of it; 0: batch_size
@@ -285,6 +286,8 @@ def _training_relations(c):
         yield "training.mined_negatives", "0 without a loss of the matching head, which finds them", t.mined_negatives
     if t.mined_negatives and t.batch_captions > 1:
         yield "training.mined_negatives", "0 where training.batch_captions is above 1", t.mined_negatives
+    if t.start_from and t.start_from == c.name:
+        yield "training.start_from", "the name of another configuration", t.start_from
     if not tasks or len(set(tasks)) < len(tasks):
         yield "training.pretrain_losses", "one or more different losses", tasks
     if c.data.max_tags == 1: yield "data.max_tags", "0, or 2 to 512", 1

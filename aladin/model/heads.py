@@ -9,6 +9,7 @@ __all__ = ['AGGREGATIONS', 'register_aggregation', 'aggregate', 'best_cosines', 
 # %% ../../nbs/model/03_heads.ipynb #e23dee1d
 from typing import Callable, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -125,7 +126,33 @@ class _Best(torch.autograd.Function):
         for_rows = F.embedding_bag(order % len(queries), queries, starts, mode="sum", per_sample_weights=weights)
         return for_rows, for_queries, None, None
 
+# %% ../../nbs/model/03_heads.ipynb #3eeea5fe
+_FEW = 64 # queries up to which the sets are not sorted
+_ROWS = 8192 # rows of the sets in a block of these: the cosines stay in the cache
+
+def _best_of_few(sets, queries):
+    "The best cosines of a few queries, [sets, queries], on the CPU and without gradients; 0 for a set without rows."
+    filled = sets.lengths > 0
+    ends = np.concatenate([[0], sets.lengths[filled].cumsum(0).numpy()])
+    best, first = np.empty((len(queries), len(ends) - 1), np.float32), 0
+    while first < len(ends) - 1:
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + _ROWS, "right")) - 1)
+        rows = sets.values[ends[first]:ends[last]].to(queries.dtype)
+        cosines, starts = (queries @ rows.T).numpy(), ends[first:last] - ends[first]
+        np.maximum.reduceat(cosines, starts, axis=1, out=best[:, first:last])
+        first = last
+    if filled.all(): return torch.from_numpy(best).T
+    found = torch.zeros(len(sets), len(queries))
+    found[filled] = torch.from_numpy(best).T
+    return found
+
 # %% ../../nbs/model/03_heads.ipynb #b8bfec6c
+def _are_few(rows, queries):
+    "Whether `_best_of_few` serves: float32 queries on the CPU, without gradients."
+    learns = torch.is_grad_enabled() and (rows.requires_grad or queries.requires_grad)
+    fits = queries.dtype == torch.float32 and rows.dtype in (torch.float32, torch.float16)
+    return 0 < len(queries) <= _FEW and fits and rows.device.type == "cpu" and not learns
+
 def best_cosines(
     sets:Ragged, # rows of length 1, [total rows, dim]
     queries:Tensor, # rows of length 1, [queries, dim]
@@ -134,10 +161,13 @@ def best_cosines(
 )->Tensor: # [sets, queries], 0 for a set without rows
     "The highest cosine of each query with the rows of each set (MaxSim)."
     lengths = sets.lengths
+    if clamp == "batch": floor = lengths < (int(lengths.max()) if width is None else width)
+    else: floor = torch.full_like(lengths, clamp == "always", dtype=torch.bool)
+    if _are_few(sets.values, queries):
+        with torch.autocast("cpu", enabled=False): best = _best_of_few(sets, queries)
+        return best.masked_fill_(floor[:, None] & (best < 0), 0)
     order = lengths.argsort(stable=True) if (lengths.diff() < 0).any() else None
-    if order is not None: sets = sets[order]
-    floor = torch.full_like(lengths, clamp == "always", dtype=torch.bool)
-    if clamp == "batch": floor = sets.lengths < (int(lengths.max()) if width is None else width)
+    if order is not None: sets,floor = sets[order],floor[order]
     dtype = torch.promote_types(sets.values.dtype, queries.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         best = _Best.apply(sets.values.to(dtype), queries.to(dtype), sets.lengths, sets.beside(floor))

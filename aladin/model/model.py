@@ -439,13 +439,14 @@ _STUDENTS_OWN = ("matching.", "depth.", "post_layers.") # tensors that a teacher
 def start_from_teacher(
     model:AladinModel, # a new student, with its processor
     teacher, # folder of the teacher's model
+    matching:bool=False, # copy the matching head too
 )->dict: # taken: names of the tensors that were copied; left: of those that the student keeps
-    """Copy everything but the matching head from a teacher.
+    """Copy the weights of a teacher, without its matching head unless that is asked for.
 
     Raises `InputError` where geometry, input or vocabulary differ."""
     path,source = Path(teacher),load_model(teacher)
     _check_teacher(path, model, source)
-    weights = {name: tensor for name,tensor in source.state_dict().items() if not name.startswith("matching.")}
+    weights = {k: v for k,v in source.state_dict().items() if matching or not k.startswith("matching.")}
     info = model.load_state_dict(weights, strict=False)
     wrong = [name for name in info.missing_keys if not name.startswith(_STUDENTS_OWN)] + list(info.unexpected_keys)
     if wrong:

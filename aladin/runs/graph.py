@@ -218,7 +218,8 @@ def _pretraining(config):
 # %% ../../nbs/runs/04_graph.ipynb #5b44da45
 def _run(configuration, settings, seed, config):
     "A run as the graph describes it; only a run that trains the alignment head has attention to draw."
-    start = f"{TEACHER}/seed-{seed}" if config.model.freeze_backbone else _pretraining(config)
+    first = config.training.start_from or (TEACHER if config.model.freeze_backbone else "")
+    start = f"{first}/seed-{seed}" if first else _pretraining(config)
     return dict(configuration=str(configuration), settings=str(settings), seed=seed, start=start,
                 attention="alignment" in config.loss.terms, digest=_digest(config_to_dict(config), _code_digest()))
 
@@ -254,13 +255,28 @@ def _prepare_stage(data, features, size, vocabulary):
     return dict(parameters=values, digest=_digest(values, _stamps(data, features, vocabulary), *code))
 
 # %% ../../nbs/runs/04_graph.ipynb #fb4b28b2
+def _starts(runs):
+    "The runs from which these start."
+    return {r["start"] for r in runs.values() if r["start"] and not r["start"].startswith("pretraining-")}
+
+def _check_order(runs):
+    "Raise `InputError` for runs that start from each other."
+    left = dict(runs)
+    while first := [run for run,r in left.items() if r["start"] not in left]:
+        for run in first: del left[run]
+    if not left: return
+    expected, fix = "a configuration that does not start from this one", "change one of them"
+    raise InputError(min(left), "training.start_from", expected, f"{', '.join(sorted(left))} in a circle", fix)
+
 def _with_starts(graph, settings):
-    "The graph with the teachers that its students need and with each pre-training once."
+    "The graph with the runs that others start from and with each pre-training once."
     runs = graph["runs"]
-    teachers = {r["start"] for r in runs.values() if r["start"].startswith(f"{TEACHER}/")}
-    for run in teachers - set(runs):
-        seed = int(run.rsplit("-", 1)[1])
-        runs[run] = _run(TEACHER, settings, seed, experiment_config(TEACHER, settings, seed))
+    while missing := _starts(runs) - set(runs):
+        for run in missing:
+            configuration,seed = run.rsplit("/seed-", 1)
+            config = experiment_config(configuration, settings, int(seed))
+            runs[run] = _run(configuration, settings, int(seed), config)
+    _check_order(runs)
     pretraining = {}
     for r in runs.values():
         if not r["start"].startswith("pretraining-"): continue

@@ -317,7 +317,7 @@ def _check_teacher(teacher, config, inputs, found):
     first = dict(list(usable.items())[:1])
     student = AladinModel(config_for_split(config, RetrievalSet(regions, first, processor)))
     student.processor = processor
-    found.attempt(start_from_teacher, student, teacher)
+    found.attempt(start_from_teacher, student, teacher, bool(config.training.start_from))
 
 # %% ../../nbs/runs/05_plan.ipynb #d76f9d4d
 def _measured(config, inputs, steps, found):

@@ -121,8 +121,9 @@ def prepare_scenes(
 def needs_teacher(
     config:ExperimentConfig, # a configuration
 )->bool:
-    "Whether a configuration distils a student through a frozen backbone, which must then be a teacher's."
-    return config.model.freeze_backbone and "distillation" in config.loss.terms
+    "Whether a configuration names its start, or distils through a frozen backbone, which must be a teacher's."
+    distils = config.model.freeze_backbone and "distillation" in config.loss.terms
+    return distils or bool(config.training.start_from)
 
 # %% ../../nbs/runs/03_stages.ipynb #5464f2c0
 def _new_model(config, training):
@@ -136,10 +137,11 @@ def _new_model(config, training):
 def _start(model, config, teacher):
     "Copy the weights of a teacher or of a pre-trained model; returns what was copied, or None without a teacher."
     if needs_teacher(config) and not teacher:
-        expected = "the model folder of a trained alignment head"
-        fix = "name it with --teacher; alad-alignment-triplet trains one"
-        raise InputError(config.name, "teacher", expected, "none", fix)
-    if teacher: return dict(folder=str(teacher), **start_from_teacher(model, teacher))
+        first = config.training.start_from or "alad-alignment-triplet"
+        fix = f"name it with --teacher; {first} trains one"
+        raise InputError(config.name, "teacher", "the model folder of a trained alignment head", "none", fix)
+    matching = bool(config.training.start_from)
+    if teacher: return dict(folder=str(teacher), **start_from_teacher(model, teacher, matching))
 
 # %% ../../nbs/runs/03_stages.ipynb #2e2ee25c
 def _open_prepared(data, config, *splits):
