@@ -58,7 +58,8 @@ def index_command(
     # exact: compared in memory; faiss: codes in the index; milvus: a file in it; or the address of a Milvus server,
     # with its token in ALADIN_MILVUS_TOKEN; if not given, exact up to 10,000 pictures and faiss for more
     engine:Annotated[str, Option("NAME")]=None,
-    approximate:bool=False, # a few candidates may be missed: faiss, or with a Milvus server a graph (HNSW)
+    # a few candidates may be missed: faiss, or with Milvus a graph (HNSW) from 200,000 vectors on
+    approximate:bool=False,
     prune:bool=False, # remove the pictures of the index that the data folder no longer has
     delete:list[Annotated[str, Option("ID")]]=None, # take these pictures out of the index
     compact:bool=False, # remove replaced and deleted pictures from disk, at the end; others may search meanwhile

@@ -147,6 +147,10 @@ def _token_error(uri, error):
     found = f"{'another token' if os.environ.get(TOKEN) else 'no token'}: {_brief(_causes(error)[-1])}"
     return InputError(uri, "token", expected, found, f"set {TOKEN} to user:password")
 
+def _is_server(uri):
+    "Whether an address is that of a server, and not a file."
+    return "://" in uri
+
 def _connect(pymilvus, uri):
     "A client with a connection of its own; a server that does not answer is tried four times."
     token = os.environ.get(TOKEN, "")
@@ -154,7 +158,7 @@ def _connect(pymilvus, uri):
         try:
             with _quiet(): return pymilvus.MilvusClient(uri, token=token, timeout=30, dedicated=True)
         except Exception as e:
-            if wait and uri.startswith("http"):
+            if wait and _is_server(uri):
                 time.sleep(wait)
                 continue
             if _refused(e): raise _token_error(uri, e) from None
@@ -173,7 +177,7 @@ class _Client:
         import grpc
         self._client = _connect(pymilvus, uri)
         self._uri = uri
-        self._is_server = uri.startswith("http")
+        self._is_server = _is_server(uri)
         self._errors = pymilvus.MilvusException, grpc.RpcError
 
     def _passes(self, error): return self._is_server and _passes(error)
@@ -364,7 +368,7 @@ _MOST = 16_384 # a Milvus server returns no more answers to a query
 @patch
 def _limit(self:MilvusEngine, k):
     "The number of answers to ask for: at most what is there. Raises `InputError` where that is too many for Milvus."
-    if k <= _MOST or not self.uri.startswith("http"): return k
+    if k <= _MOST or not _is_server(self.uri): return k
     there = len(self)
     if min(k, there) <= _MOST: return max(1, there)
     fix = "ask for fewer, or build an index with the engine exact or faiss, which have no limit"

@@ -285,7 +285,7 @@ def build(cls:SearchIndex,
     images, # a `RetrievalSet`, with captions or without, or what `AladinModel.encode_images` made of one
     out=None, # folder of the index; an interrupted build resumes there. A temporary one when not given
     engine:str|None=None, # as for `create`; by default that of the index, or for a new one by the number of pictures
-    approximate:bool=False, # a new index: a few candidates may be missed; faiss, or with Milvus a graph (HNSW)
+    approximate:bool=False, # a new index: a few candidates may be missed; faiss, or Milvus's graph
     batch_size:int=64, # number of images or captions in a batch
     progress:bool=True, # show a progress bar
 ):
