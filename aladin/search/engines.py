@@ -169,6 +169,7 @@ def _connect(pymilvus, uri):
 # %% ../../nbs/search/03_engines.ipynb #0e7019ab
 _PATIENCE = 90 # seconds for which a request is repeated; a standalone server that was killed loads for some 40
 _SOON = 3 # seconds after which a message says what is waited for
+_STARTING = 10 # seconds for which a token is tried again: a server that is being started refuses all of them
 _BOUNDED = ("search", "query", "upsert", "delete", "has_collection", "describe_collection") # that take a timeout
 
 class _Client:
@@ -180,13 +181,13 @@ class _Client:
         self._is_server = _is_server(uri)
         self._errors = pymilvus.MilvusException, grpc.RpcError
 
-    def _passes(self, error): return self._is_server and _passes(error)
+    def _passes(self, error): return self._is_server and (_passes(error) or _refused(error))
 
     def __getattr__(self, name):
         method = getattr(self._client, name)
         def call(*args, **options):
             many = len(options["data"]) if name == "search" else 0 # each query may take a second
-            if name in _BOUNDED: options["timeout"] = _PATIENCE + many
+            if name in _BOUNDED and self._is_server: options["timeout"] = _PATIENCE + many
             with _quiet(), self._waiting(name, many) as failed:
                 while True:
                     try: return method(*args, **options)
@@ -206,8 +207,8 @@ def _waiting(self:_Client, name, many):
     def failed(error):
         nonlocal last
         last = _brief(error)
-        if _refused(error): raise _token_error(self._uri, error) from None
         waited = time.monotonic() - start
+        if _refused(error) and waited > _STARTING: raise _token_error(self._uri, error) from None
         if waited > most or not self._passes(error): raise self._error(name, last, waited) from None
         if timer.ident is None: timer.start()
     if name in _BOUNDED and self._is_server: timer.start()
