@@ -86,7 +86,7 @@ class Int8(Float16):
         return codes[:, :-2]*scales.astype(np.float32)
 
 # %% ../../nbs/search/00_codecs.ipynb #e925ca63
-_BLOCK = 16_384 # vectors that are encoded at once
+_BLOCK = 1024 # vectors that are encoded at once: their comparisons with 256 centroids fit into a CPU's cache
 
 class Product(Float16):
     "Vectors as one byte for each of their parts: the number of the nearest of 256 centroids."
@@ -117,26 +117,25 @@ class Product(Float16):
         "The parts of the rotated vectors."
         return (vectors.astype(np.float32, copy=False) @ self.rotation).reshape(len(vectors), len(self.centroids), -1)
 
-    def decode(self, codes):
-        parts = self.centroids[np.arange(len(self.centroids)), codes]
-        return parts.reshape(len(codes), -1) @ self.rotation.T
+    def parts_of(self,
+        codes:np.ndarray, # uint8 [rows, parts]
+    )->np.ndarray: # float32 [rows, parts*sub]
+        "The centroids of some codes, end to end."
+        return self.centroids[np.arange(len(self.centroids)), codes].reshape(len(codes), -1)
+
+    def decode(self, codes): return self.parts_of(codes) @ self.rotation.T
 
 # %% ../../nbs/search/00_codecs.ipynb #5ce52e24
-def _nearest(parts, centroids):
-    "The number of the nearest centroid of each part: uint8 [rows, parts]."
-    codes = np.empty(parts.shape[:2], np.uint8)
-    half = (centroids**2).sum(2)/2
-    for p in range(len(centroids)): codes[:, p] = (parts[:, p] @ centroids[p].T - half[p]).argmax(1)
-    return codes
-
 @patch
 def encode(self:Product, vectors):
     "Codes of some vectors, uint8 [rows, parts]. Raises `InputError` for NaN and infinity."
     if not np.isfinite(vectors).all():
         raise InputError("sets", self.name, "finite numbers", "NaN or infinity", "look at the model that made them")
     codes = np.empty((len(vectors), len(self.centroids)), np.uint8)
+    half = (self.centroids**2).sum(2)/2
     for at in range(0, len(vectors), _BLOCK):
-        codes[at:at + _BLOCK] = _nearest(self.parts(vectors[at:at + _BLOCK]), self.centroids)
+        for p,values in enumerate(self.parts(vectors[at:at + _BLOCK]).transpose(1, 0, 2)):
+            codes[at:at + _BLOCK, p] = (values @ self.centroids[p].T - half[p]).argmax(1)
     return codes
 
 # %% ../../nbs/search/00_codecs.ipynb #b9d33422
@@ -151,10 +150,19 @@ def look_up(self:Product,
 def cosines(self:Product, codes, queries):
     "The cosines of coded vectors with queries, float32 [rows, queries], summed from the tables of `look_up`."
     total = np.zeros((len(codes), len(queries)), np.float32)
-    for table,numbers in zip(self.look_up(queries), np.ascontiguousarray(codes.T)): total += table[numbers]
+    entries = np.empty_like(total)
+    for table,numbers in zip(self.look_up(queries), codes.T.astype(np.intp)):
+        np.take(table, numbers, axis=0, out=entries, mode="clip") # clip: NumPy needs no second copy
+        total += entries
     return total
 
 # %% ../../nbs/search/00_codecs.ipynb #7d3d4204
+def _cut(dim, parts, sub):
+    "The identity, as a rotation [dim, parts*sub] that cuts a vector into parts of nearly equal width."
+    rotation = np.zeros((dim, parts*sub), np.float32)
+    for p,some in enumerate(np.array_split(np.arange(dim), parts)): rotation[some, p*sub + np.arange(len(some))] = 1
+    return rotation
+
 def _balanced(vectors, parts, sub):
     "A rotation [dim, parts*sub] to the eigenvectors, so dealt to the parts that their variances are balanced."
     values,directions = np.linalg.eigh(vectors.T @ vectors/len(vectors))
@@ -198,17 +206,15 @@ def train_codec(
     if not len(vectors) or not np.isfinite(vectors).all():
         raise InputError("sets", name, "finite vectors to learn from", "none", "build with float16 or int8")
     some = rng.permutation(len(vectors))[:SAMPLE]
-    vectors,sub = vectors[np.sort(some)].astype(np.float32),-(-vectors.shape[1]//bytes_)
-    rotated = name.startswith("opq")
-    rotation = _balanced(vectors, bytes_, sub) if rotated else np.eye(vectors.shape[1], bytes_*sub, dtype=np.float32)
-    codec = Product(name, rotation, np.zeros((bytes_, 256, sub), np.float32))
+    vectors,rotated = vectors[np.sort(some)].astype(np.float32),name.startswith("opq")
+    shape = bytes_,-(-vectors.shape[1]//bytes_) # of the parts
+    rotation = _balanced(vectors, *shape) if rotated else _cut(vectors.shape[1], *shape)
+    codec = Product(name, rotation, np.zeros((bytes_, 256, shape[1]), np.float32))
     first = rng.choice(len(vectors), 256, replace=len(vectors) < 256)
     codec.centroids[:] = codec.parts(vectors[first]).transpose(1, 0, 2)
     for step in range(iterations):
-        codes = _nearest(codec.parts(vectors), codec.centroids)
-        if rotated and step:
-            decoded = codec.centroids[np.arange(bytes_), codes].reshape(len(codes), -1)
-            codec.rotation = _fitted(vectors, decoded)
+        codes = codec.encode(vectors)
+        if rotated and step: codec.rotation = _fitted(vectors, codec.parts_of(codes))
         _means(codec.parts(vectors), codes, codec.centroids, rng)
     return codec
 
