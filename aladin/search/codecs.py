@@ -115,13 +115,14 @@ class Product(Float16):
         vectors:np.ndarray, # float32 [rows, dim]
     )->np.ndarray: # float32 [rows, parts, sub]
         "The parts of the rotated vectors."
-        return (vectors.astype(np.float32, copy=False) @ self.rotation).reshape(len(vectors), len(self.centroids), -1)
+        parts,_,sub = self.centroids.shape
+        return (vectors.astype(np.float32, copy=False) @ self.rotation).reshape(-1, parts, sub)
 
     def parts_of(self,
         codes:np.ndarray, # uint8 [rows, parts]
     )->np.ndarray: # float32 [rows, parts*sub]
         "The centroids of some codes, end to end."
-        return self.centroids[np.arange(len(self.centroids)), codes].reshape(len(codes), -1)
+        return self.centroids[np.arange(len(self.centroids)), codes].reshape(-1, self.rotation.shape[1])
 
     def decode(self, codes): return self.parts_of(codes) @ self.rotation.T
 
@@ -240,6 +241,7 @@ def open_codec(
     if name == "float16": return Float16()
     if name == "int8": return Int8()
     path = Path(folder)/"codec.json"
+    if not path.is_file(): raise InputError(path, "file", f"what {name} has learned", "nothing there", _AGAIN)
     about = read_json(path, "the description of a codec")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(path, "format", FORMAT, "something else", _AGAIN)
