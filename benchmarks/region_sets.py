@@ -103,8 +103,9 @@ def measure_codecs(args):
 
 
 def kept(m, row, key):
-    "The share of the recall of float16, in per cent."
-    return 100*row[key]/m["codecs"][0][key]
+    "The share of the recall of float16, in per cent; NaN where that is 0."
+    whole = m["codecs"][0][key]
+    return 100*row[key]/whole if whole else float("nan")
 
 
 def codecs_table(name, m):
@@ -152,7 +153,10 @@ def plot_codecs(found):
             for o in m["codecs"]:
                 if not o["codec"].startswith("pq"):
                     ax.annotate(o["codec"], (o["bytes"], 1.0), xycoords=("data", "axes fraction"), rotation=60, fontsize=7)
+            ticks = [o["bytes"] for o in m["codecs"] if not o["codec"].startswith("pq")]
             ax.set(xscale="log", xlabel="bytes of a region set", ylabel=f"R@{k} kept, percent")
+            ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks], fontsize=8)
+            ax.minorticks_off()
             ax.axhline(100, color="0.6", linewidth=.8)
             ax.spines[["top", "right"]].set_visible(False)
         line[0].set_title(name, loc="left", pad=24, fontsize=10)

@@ -1,6 +1,8 @@
 "Codecs of region and token sets: what they keep, that answers agree, that other codecs and damaged files are refused."
 import json
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +290,38 @@ def test_export_has_decoded_sets(made, tmp_path):
     with h5py.File(tmp_path/"index.h5") as f: sets = f["images"]["sets"][:]
     assert sets.shape == e.regions.values.shape
     assert np.linalg.norm(sets - e.regions.values.float().numpy(), axis=1).mean() < .2
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "The benchmark's module, with its processes replaced by calls."
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent/"benchmarks")
+    import region_sets
+    monkeypatch.setattr(region_sets, "in_process", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(region_sets, "CANDIDATES", 10)
+    return region_sets
+
+
+def test_benchmark_of_codecs(made, tmp_path, benchmark):
+    "A small run writes the table and the figure; int8 keeps what float16 finds, and a row takes the bytes of its codec."
+    for name in ("one", "two"):
+        benchmark.codecs(Namespace(model=made/"model", data=made/"data", name=name, out=tmp_path, scratch=None, threads=1, seed=0, queries=5, note="A note."))
+    found = json.loads((tmp_path/"codecs_benchmark.json").read_text())
+    rows = {row["codec"]: row for row in found["one"]["codecs"]}
+    assert list(found) == ["one", "two"] and list(rows) == ["float16", "int8", "pq32", "opq32"]
+    assert rows["opq32"]["vector_bytes"] == 32 and rows["float16"]["vector_bytes"] == 64 and rows["opq32"]["codec_bytes"] > 0
+    assert abs(rows["int8"]["t2i scanned R@10"] - rows["float16"]["t2i scanned R@10"]) < 5
+    text = (tmp_path/"codecs_benchmark.md").read_text()
+    assert "A note." in text and text.count("| opq32 |") == 2 and (tmp_path/"codecs_benchmark.png").stat().st_size > 10_000
+
+
+def test_benchmark_of_a_collection(tmp_path, benchmark):
+    "A small run finds the pictures that its queries were made of, and leaves nothing but the table."
+    (tmp_path/"scratch").mkdir()
+    common = dict(regions=13, dim=48, clusters=50, queries=8, sets="opq32", seed=0, note="", build_threads=1, scratch=tmp_path/"scratch", out=tmp_path)
+    for pictures in (60, 90): benchmark.collection(Namespace(pictures=pictures, **common))
+    found = json.loads((tmp_path/"collection_benchmark.json").read_text())
+    m = found["90 pictures, opq32"]
+    assert len(found) == 2 and m["queries"] == 8 and m["right_candidates"] == 100 and m["right_first"] >= 50
+    assert 90*13*32 <= m["disk"]["sets"] < 90*13*32 + 200 and m["disk"]["vectors"] >= 90*48*4
+    assert not list((tmp_path/"scratch").iterdir()) and "| 90 | opq32 |" in (tmp_path/"collection_benchmark.md").read_text()
