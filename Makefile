@@ -73,7 +73,7 @@ reference: $(VENV)/.dev ## for maintainers: publish the runs of OUT/NAME (defaul
 	@$(RUN) $(BIN)/python .ci/reference.py "$(OUT)/$(or $(NAME),scenes)"
 
 test: $(VENV)/.dev ## run the notebooks as tests, and the tests of tests/
-	ALADIN_DEVICE=cpu OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 20
+	ALADIN_DEVICE=cpu OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: $(VENV)/.dev ## check the style of notebooks and modules: line length, unused names
 	$(RUN) $(BIN)/ruff check

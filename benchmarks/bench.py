@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,7 @@ from aladin.training.losses import triplet_loss
 from aladin.device import default_device
 from aladin.model.configuration import AladinConfig
 from aladin.model.model import AladinModel
+from peers import PEERS
 
 # What the original programs themselves took on one thread of such a machine, measured once: CPU seconds, of how many of our units
 ORIGINALS = dict(scores_200=121.9, ranks_5000=11.5, store=1.39e-3, encoding=.294*300, step=28.6)
@@ -99,9 +103,9 @@ def matmul_peaks(before=None):
 def unit(*shape, generator): return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
-def ragged(count, low, high, generator):
+def ragged(count, low, high, generator, dim=DIM):
     lengths = torch.randint(low, high + 1, (count,), generator=generator)
-    return Ragged(unit(int(lengths.sum()), DIM, generator=generator), lengths)
+    return Ragged(unit(int(lengths.sum()), dim, generator=generator), lengths)
 
 
 def random_embeddings(images, seed=0):
@@ -303,6 +307,47 @@ def entangled(images, part):
                 two_stage=times["two_stage"], two_stage_ratio=reference/times["two_stage"], alignment=times["whole"], alignment_ratio=reference/times["whole"])
 
 
+def caption_and_sets(images, dim):
+    "One caption of 14 tokens, the regions of some images, and their scores by the definition, padded."
+    g = torch.Generator().manual_seed(0)
+    sets,words = ragged(images, 30, 38, g, dim),ragged(1, 14, 14, g, dim)
+    padded,mask = sets.padded(),sets.mask()
+    return sets,words,lambda: (padded @ words.values.T).masked_fill_(~mask[:, :, None], -1).amax(1).sum(1)
+
+
+def peer(name, images, dim, threads):
+    "Seconds of another package, and how far its scores are off; nothing where it is not installed."
+    torch.set_num_threads(threads)
+    sets,words,reference = caption_and_sets(images, dim)
+    try: work = PEERS[name](sets, words)
+    except ImportError: return {}
+    seconds,found = timed(work)
+    return dict(seconds=seconds, difference=float((found.float() - reference()).abs().nan_to_num(torch.inf).max()))
+
+
+def all_peers(images, dim):
+    "The packages that are installed, each in a process of its own, which may crash."
+    found = {}
+    for name in PEERS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try: found[name] = pool.submit(peer, name, images, dim, torch.get_num_threads()).result()
+            except BrokenProcessPool: found[name] = dict(crashed=True)
+    return {name: row for name,row in found.items() if row}
+
+
+def one_caption(images, dim):
+    "The alignment head's scores of one caption with many images: padded, ours, and other packages where they are installed."
+    sets,words,reference = caption_and_sets(images, dim)
+    def ours(): return alignment_scores(sets, words, clamp="never")[:, 0]
+    def product(): return min(timed(lambda: sets.values @ words.values.T)[0], timed(lambda: words.values @ sets.values.T)[0])
+    before,(seconds,scores),(theirs,expected) = product(),timed(ours, most=20),timed(reference)
+    peers,fastest = all_peers(images, dim),min(before, product())
+    for row in peers.values():
+        if "seconds" in row: row["share_of_product"] = fastest/row["seconds"]
+    return dict(work=f"one caption against {images:,} images, {dim} numbers a vector", reference=theirs, ours=seconds, ratio=theirs/seconds, equal=bool((scores - expected).abs().max() < 1e-4),
+                product=fastest, share_of_product=fastest/seconds, peers=peers)
+
+
 def clip_tags(images, part):
     "One epoch's tags as CLIP reads them, 36 an image of 1,600 names, common ones more often; the reference reads each image's again, a batch of images at a time, as the originals do."
     rng = np.random.default_rng(0)
@@ -466,7 +511,7 @@ def gpu():
 
 
 SECTIONS = dict(scores_200=lambda: scoring(200, 1), scores_1000=lambda: scoring(1000, 50), ranks_5000=lambda: matching_ranks(5000), batch_32=lambda: training_scores(32), batch_256=lambda: training_scores(256),
-                store=lambda: store_reads(300), importing=lambda: importing(4000), encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), clip_tags=lambda: clip_tags(1000, 32),
+                store=lambda: store_reads(300), importing=lambda: importing(4000), encoding=lambda: encoding(60, 60), entangled=lambda: entangled(1000, 64), caption_128=lambda: one_caption(10000, 128), caption_768=lambda: one_caption(3000, 768), clip_tags=lambda: clip_tags(1000, 32),
                 step_padded=lambda: training_step(32, "padded"), step=lambda: training_step(32, "float32"),
                 step_bfloat16=lambda: training_step(32, "bfloat16"), detector=detector, gpu=gpu, detector_gpu=detector_gpu)
 LONG = dict(scores_5000=lambda: scoring(5000, 2500))
@@ -486,6 +531,15 @@ def against_one_thread(row):
     return "; ".join(f"{name} {seconds_text(s)}: {s/row['ours']:.0f} times ours" + (f", {s/row['bfloat16']:.0f} times ours in bfloat16" if "bfloat16" in row else "") for name,s in alone.items() if s)
 
 
+def against_peers(row):
+    "The times of other packages, and whether their scores are those of the definition."
+    def text(name, p):
+        if "crashed" in p: return f"{name} crashed"
+        same = "same scores" if p["difference"] < 1e-3 else f"scores off by up to {p['difference']:.2g}"
+        return f"{name} {seconds_text(p['seconds'])}, {100*p['share_of_product']:.0f} % of the product's speed, {same}"
+    return "; ".join(text(name, p) for name,p in row.get("peers", {}).items())
+
+
 def markdown(rows, made):
     "The table with what a reader needs beside it."
     m = made["machine"]
@@ -498,7 +552,8 @@ def markdown(rows, made):
                 f"{r['process_mib']:,.0f} MiB in all" if "process_mib" in r else "", f"in bfloat16 {100*r['bfloat16_boxes']:.0f} % of the boxes, features off by {100*r['bfloat16_features']:.1f} %" if "bfloat16_boxes" in r else "",
                 f"{r['extra_mib']:.0f} MiB beyond the inputs" if "extra_mib" in r else "", f"{r['megabytes_a_second']:.0f} MB/s, at most {r['peak_mib']:.0f} MiB of memory; the reference is a copy of the file" if "megabytes_a_second" in r else "", f"reference {r['reference_mib']:.0f} MiB" if "reference_mib" in r else "",
                 f"bfloat16 changes {100*r['bfloat16_ranks_changed']:.1f} % of the ranks" if "bfloat16_ranks_changed" in r else "", f"{r['seconds_a_pair']:.3f} s a pair" if "seconds_a_pair" in r else "",
-                f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", f"{r['different']:,} different sentences of {r['sentences']:,}; {seconds_text(r['later_epochs'])} in later epochs" if "later_epochs" in r else "", against_one_thread(r)]
+                f"two-stage {r['two_stage_ratio']:.0f} times, alignment head on all {r['alignment_ratio']:.0f} times faster" if "two_stage_ratio" in r else "", f"reference on {r['part']}" if "part" in r else "", f"{r['different']:,} different sentences of {r['sentences']:,}; {seconds_text(r['later_epochs'])} in later epochs" if "later_epochs" in r else "", against_one_thread(r),
+                f"{100*r['share_of_product']:.0f} % of the matrix product's speed" if "share_of_product" in r else "", against_peers(r)]
         lines.append(f"| {r['work']} | {seconds_text(r['reference'])} | {seconds_text(r['ours'])} | {r['ratio']:.1f} | {seconds_text(r['bfloat16']) if 'bfloat16' in r else ''} | "
                      f"{format(r['bfloat16_ratio'], '.1f') if 'bfloat16_ratio' in r else ''} | {'; '.join(o for o in more if o)} | {(r['made by']['commit'] or 'unknown')[:9]} |")
     gpus = [r for r in rows if "gpu" in r]
