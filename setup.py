@@ -13,7 +13,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-optional = ("slurm", "faiss", "search", "import", "evaluation", "export", "serve", "peers", "docs")
+optional = ("slurm", "faiss", "search", "import", "evaluation", "export", "serve", "server-tests", "peers", "docs")
 
 RESOURCES = {"experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]), "manifests": ("data_manifests", ["*.yaml"]),
              "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*.json", "model/*"])}

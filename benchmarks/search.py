@@ -8,12 +8,16 @@ With --embedded: the engine with faiss beside exact search and other libraries, 
 as they are drawn, so that a million of them need no more memory than a block. Results are added to embedded_benchmark.json, by size, and
 embedded_benchmark.md is written from it. `make bench` does not run this.
 
+With --milvus ADDRESS: collections at a Milvus server that runs there, made for the measurement and dropped after it: recall of exact search, and time by
+consistency level. Results are added to milvus_benchmark.json, by size, and milvus_benchmark.md is written from it.
+
 With --codecs and with --million: see region_sets.py."""
 import argparse
 import importlib.metadata
 import multiprocessing
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ from tqdm import tqdm
 
 from aladin.files import atomic_write, read_json, write_json
 from aladin.data.ragged import Ragged
+import aladin.search.engines as engines
 from aladin.search.engines import ExactEngine, MilvusEngine
 from aladin.search.faiss import FaissEngine
 from aladin.search.segments import SetStore
@@ -39,6 +44,7 @@ def parse_args():
     parser.add_argument("--stored", type=int, default=10_000, help="pictures whose region sets are written, for re-ranking")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--embedded", action="store_true", help="measure the engine with faiss and other libraries instead")
+    parser.add_argument("--milvus", metavar="ADDRESS", help="measure a Milvus server instead, such as http://localhost:19530")
     parser.add_argument("--build-threads", type=int, default=2, help="threads for building, with --embedded (default: 2)")
     parser.add_argument("--peers", action="store_true", help="with --embedded: also graphs of faiss, hnswlib and usearch, where they are installed")
     parser.add_argument("--codecs", action="store_true", help="measure what codecs of region sets keep of a model's recall instead; see region_sets.py")
@@ -356,12 +362,85 @@ def embedded(args):
     print(text)
 
 
+# A Milvus server
+
+MODES = {"every vector": (False, None), "--approximate": (True, None), "a graph whatever the size": (True, 1)} # approximate, GRAPH
+
+
+def measure_collection(args, store, segments, queries, name):
+    "Fill a collection, ask it, and drop it."
+    approximate, graph = MODES[name]
+    engine = MilvusEngine(store, args.milvus, f"aladin_bench_{uuid.uuid4().hex[:12]}", queries.shape[1], "bench", approximate)
+    usual = engines.GRAPH
+    try:
+        start = time.perf_counter()
+        for segment in tqdm(segments, desc=name): engine.put(segment)
+        if graph is not None: engines.GRAPH = graph
+        engine.settle()
+        row, levels = dict(engine=name, index=engine._index(), build_seconds=time.perf_counter() - start), []
+        for level in ("session", "bounded", "eventually", "strong") if not approximate else ("session",):
+            engine.consistency = level.capitalize()
+            asked = queries[:60] if level == "strong" else queries
+            times, found = query_times(lambda q: engine.search(q[None], 100)[0], asked)
+            levels.append(dict(level=level, queries=len(asked)) | times)
+            if level == "session": row |= times | dict(found=[[int(o[0]) for o in hits] for hits in found])
+        return row, levels, engine.client.get_server_version()
+    finally:
+        engines.GRAPH = usual
+        engine.client.release_collection(engine.collection)
+        engine.client.drop_collection(engine.collection)
+        engine.close()
+
+
+def measure_milvus(args):
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        queries, nearest = draw(args, Path(scratch))
+        store = SetStore(Path(scratch)/"images")
+        order, rows, levels = exact_order(Path(scratch), queries, nearest), [], []
+        for name in MODES:
+            row, asked, version = measure_collection(args, store, store.names(), torch.from_numpy(queries), name)
+            levels += asked if name == "every vector" else []
+            found = row.pop("found")
+            same = 100*float(np.mean([set(a) == set(b.tolist()) for a, b in zip(found, order)]))
+            rows.append(row | recalls(found, order) | dict(same=same))
+        return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, server=version, note=args.note, engines=rows, levels=levels)
+
+
+def milvus_text(m):
+    made, at = m["made by"], m["made by"]["machine"]
+    lines = [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
+             f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}, in {m['seconds']:.0f} s: {at['processor']}, {m['queries']} queries; "
+             f"Milvus {m['server']} on the same machine, pymilvus {m['pymilvus']}. {m['note']}".rstrip(), "",
+             "| collection | index | build | median query | 99th percentile | recall@10 | recall@100 | same 100 |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {o['engine']} | {o['index']} | {o['build_seconds']:.0f} s | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % | {o['same']:.0f} % |" for o in m["engines"]]
+    lines += ["", "| consistency of the search, every vector | queries | median query | 99th percentile |", "|---|---:|---:|---:|"]
+    return "\n".join(lines + [f"| {o['level']} | {o['queries']} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms |" for o in m["levels"]]) + "\n"
+
+
+def milvus(args):
+    "Measure one size and write it beside the others."
+    start, path = time.perf_counter(), args.out/"milvus_benchmark.json"
+    m = measure_milvus(args)
+    m |= {"pymilvus": importlib.metadata.version("pymilvus"), "seconds": round(time.perf_counter() - start, 1), "made by": provenance(args.seed)}
+    found = read_json(path) if path.exists() else {}
+    found[f"{args.pictures} vectors, {args.clusters} clusters"] = m
+    write_json(path, found)
+    intro = ("# Benchmark of search at a Milvus server\n\nMade by `python benchmarks/search.py --milvus ADDRESS`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
+             "the exact answers, and *same 100* is the share of queries that find all of them, so that re-ranking gives the same answers. Building is inserting, sealing and indexing. With `--approximate` a "
+             f"collection has a graph (HNSW) from {engines.GRAPH:,} vectors on; the last row makes it in any case.\n\n")
+    text = intro + "\n".join(milvus_text(found[key]) for key in sorted(found, key=lambda key: found[key]["pictures"]))
+    with atomic_write(args.out/"milvus_benchmark.md") as part: part.write_text(text, encoding="utf-8")
+    print(text)
+
+
 def main():
     args = parse_args()
     if args.codecs or args.million:
         import region_sets
         return region_sets.codecs(args) if args.codecs else region_sets.collection(args)
     if args.embedded: return embedded(args)
+    if args.milvus: return milvus(args)
     start = time.perf_counter()
     m = measure(args)
     made = provenance(args.seed)

@@ -28,7 +28,7 @@ def pins():
     return {canonicalize_name(m[1]): Version(m[2]) for m in matches}
 
 
-def requirements(): return [Requirement(o) for key in ("requirements", "dev_requirements", "slurm_requirements", "faiss_requirements", "search_requirements", "import_requirements", "evaluation_requirements", "export_requirements", "serve_requirements", "peers_requirements", "docs_requirements") for o in settings()[key].split()]
+def requirements(): return [Requirement(o) for key in ("requirements", "dev_requirements", "slurm_requirements", "faiss_requirements", "search_requirements", "import_requirements", "evaluation_requirements", "export_requirements", "serve_requirements", "server-tests_requirements", "peers_requirements", "docs_requirements") for o in settings()[key].split()]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)

@@ -20,7 +20,11 @@ _ENVIRONMENT = """environment variables:
   ALADIN_DETERMINISTIC  0: a GPU may add in any order, faster but with other
                         last digits each time
   ALADIN_VINVL_TOKEN    read token for Microsoft's store of VinVL's files
-  ALADIN_MILVUS_TOKEN   token of a Milvus server
+  ALADIN_MILVUS_TOKEN   token of a Milvus server, user:password
+  ALADIN_MILVUS_CONSISTENCY
+                        what a search at a Milvus server waits for: session
+                        (default; what this process has written), bounded,
+                        strong (what anybody has written) or eventually
   ALADIN_SERVE_TOKEN    token that requests to aladin serve must carry
 """
 

@@ -62,7 +62,8 @@ def index_command(
     # exact: compared in memory; faiss: codes in the index; milvus: a file in it; or the address of a Milvus server,
     # with its token in ALADIN_MILVUS_TOKEN; if not given, exact up to 10,000 pictures and faiss for more
     engine:Annotated[str, Option("NAME")]=None,
-    approximate:bool=False, # a few candidates may be missed: faiss, or with a Milvus server a graph (HNSW)
+    # a few candidates may be missed: faiss, or with Milvus a graph (HNSW) from 200,000 vectors on
+    approximate:bool=False,
     # how region sets are stored in a new index: a number in two bytes or in one, or a region in 32, 64 or 96 bytes, of
     # which opq64 keeps nearly all of the recall; if not given, as the index has them, and float16 in a new one
     sets:Sets=None,

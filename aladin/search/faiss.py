@@ -460,6 +460,13 @@ def find(self:FaissEngine,
     return {i: tail.codes.place(row) for i, row in found.items()} | tail.find(ids)
 
 @patch
+def place(self:FaissEngine,
+    item:str, # its id
+)->tuple|None: # (segment, row)
+    "The place of one item; None for one that is not there."
+    return self.find([item]).get(item)
+
+@patch
 def owned(self:FaissEngine,
     owners:list, # image ids
 )->list: # ids

@@ -95,7 +95,7 @@ def create(cls:SearchIndex,
     folder, # to be made
     model:AladinModel, # with its processor
     engine:str="exact", # exact; faiss, codes in the folder; milvus, a file in it; or the address of a Milvus server
-    approximate:bool=False, # Milvus only: search a graph (HNSW) instead of every vector
+    approximate:bool=False, # Milvus only: from 200,000 vectors on, search a graph (HNSW) instead of every vector
     sets:str=DEFAULT, # how region and token sets are stored: a name of `CODECS`
 ):
     "Make an empty index. Raises `InputError` for a folder with other files, and for a codec that is too wide."
@@ -323,7 +323,7 @@ def build(cls:SearchIndex,
     images, # a `RetrievalSet`, with captions or without, or what `AladinModel.encode_images` made of one
     out=None, # folder of the index; an interrupted build resumes there. A temporary one when not given
     engine:str|None=None, # as for `create`; by default that of the index, or for a new one by the number of pictures
-    approximate:bool=False, # a new index: a few candidates may be missed; faiss, or with Milvus a graph (HNSW)
+    approximate:bool=False, # a new index: a few candidates may be missed; faiss, or Milvus's graph
     batch_size:int=64, # number of images or captions in a batch
     progress:bool=True, # show a progress bar
     sets:str|None=None, # how region and token sets are stored, see `create`; by default as the index has them

@@ -347,6 +347,13 @@ def find(self:Items,
     return {i: self._place[i] for i in ids if i in self._place}
 
 @patch
+def place(self:Items,
+    item:str, # its id
+)->tuple|None: # (segment, row)
+    "The place of one item; None for one that is not there."
+    return self.find([item]).get(item)
+
+@patch
 def ids(self:Items)->list:
     "All items, in the order in which they were added."
     self.refresh()
@@ -600,7 +607,7 @@ def picture_place(
     image_id, # int or str
 )->tuple: # segment and row
     "The place of a picture. Raises `InputError` for one that is not in the index."
-    place = images.find([str(image_id)]).get(str(image_id))
+    place = images.place(str(image_id))
     if place is not None: return place
     expected,found = "a picture of the index",f"none among {len(images)}"
     raise InputError(folder, f"image {image_id}", expected, found, "add it to the index first")
