@@ -9,7 +9,9 @@ as they are drawn, so that a million of them need no more memory than a block. R
 embedded_benchmark.md is written from it. `make bench` does not run this.
 
 With --milvus ADDRESS: collections at a Milvus server that runs there, made for the measurement and dropped after it: recall of exact search, and time by
-consistency level. Results are added to milvus_benchmark.json, by size, and milvus_benchmark.md is written from it."""
+consistency level. Results are added to milvus_benchmark.json, by size, and milvus_benchmark.md is written from it.
+
+With --codecs and with --million: see region_sets.py."""
 import argparse
 import importlib.metadata
 import multiprocessing
@@ -34,8 +36,8 @@ from aladin.model.heads import alignment_scores
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=123_000)
-    parser.add_argument("--dim", type=int, default=768, help="width of the vectors (default: 768, BERT's)")
+    parser.add_argument("--pictures", type=int, help="default: 123,000; with --million a million")
+    parser.add_argument("--dim", type=int, help="width of the vectors (default: 768, BERT's; with --million 256)")
     parser.add_argument("--clusters", type=int, default=2000)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--regions", type=int, default=36, help="regions of a picture, for re-ranking (default: 36, VinVL's mean on COCO)")
@@ -45,11 +47,22 @@ def parse_args():
     parser.add_argument("--milvus", metavar="ADDRESS", help="measure a Milvus server instead, such as http://localhost:19530")
     parser.add_argument("--build-threads", type=int, default=2, help="threads for building, with --embedded (default: 2)")
     parser.add_argument("--peers", action="store_true", help="with --embedded: also graphs of faiss, hnswlib and usearch, where they are installed")
+    parser.add_argument("--codecs", action="store_true", help="measure what codecs of region sets keep of a model's recall instead; see region_sets.py")
+    parser.add_argument("--model", type=Path, help="with --codecs: folder of a trained model")
+    parser.add_argument("--data", type=Path, help="with --codecs: its data folder")
+    parser.add_argument("--name", help="with --codecs: name of the data in the table (default: the data folder's)")
+    parser.add_argument("--million", action="store_true", help="build and search a generated collection with region sets instead; --pictures is a million then, --dim 256")
+    parser.add_argument("--sets", default="opq64", help="with --million: codec of the region sets (default: opq64)")
     parser.add_argument("--note", default="", help="a sentence on the machine for the table, such as what else ran on it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="folder for the index while it is measured (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.codecs and not (args.model and args.data): parser.error("--codecs needs --model and --data")
+    args.pictures = args.pictures or (1_000_000 if args.million else 123_000)
+    args.dim = args.dim or (256 if args.million else 768)
+    if args.data: args.name = args.name or args.data.resolve().name
+    return args
 
 
 def unit(rng, *shape):
@@ -423,6 +436,9 @@ def milvus(args):
 
 def main():
     args = parse_args()
+    if args.codecs or args.million:
+        import region_sets
+        return region_sets.codecs(args) if args.codecs else region_sets.collection(args)
     if args.embedded: return embedded(args)
     if args.milvus: return milvus(args)
     start = time.perf_counter()

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import atomic_write, InputError, need_package, RunFailed, write_json
-from ..data.ragged import Ragged
 from ..model.backbone import transformer_layer
 from .index import SearchIndex
 from .onnx import OnnxCaptions
@@ -173,10 +172,9 @@ def _recalls(index, encode, asked):
     found = {}
     encoded = [encode(text) for text,_ in asked]
     vectors = torch.stack([torch.as_tensor(o[0]) for o in encoded])
-    words = [Ragged(torch.as_tensor(o[1]), torch.tensor([len(o[1])])) for o in encoded]
-    def score(query, regions): return index.model.alignment_of(regions, words[query])[:, 0]
+    words = [torch.as_tensor(o[1]) for o in encoded]
     for name,rerank in (("matching", 0), ("two-stage", 100)):
-        best = index.ranked("images", vectors, score, 10, rerank)
+        best = index.ranked("images", vectors, words, 10, rerank)
         for k in (1, 10):
             right = [image in [o[0] for o in hits[:k]] for hits,(_,image) in zip(best, asked)]
             found[f"{name} R@{k}"] = 100*float(np.mean(right))

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..files import (
     atomic_dir, InputError, locked, need_package, read_json, report, reserve, write_array_header, write_json)
 from ..data.regions import check_offsets, map_array
-from .segments import check_finite, Items, Segment, SetStore
+from .segments import check_finite, Items, SetStore
 
 # %% ../../nbs/search/02_faiss.ipynb #2faefd1f
 _AGAIN = "remove this folder; aladin index makes it again from the segments"
@@ -75,7 +75,7 @@ class Names:
 # %% ../../nbs/search/02_faiss.ipynb #5abb2777
 def _read(store, name):
     "A segment that is read for once and not kept open."
-    return Segment(store.path/name, store.keys, store.dim)
+    return store.read_segment(name)
 
 def _live_rows(store, names):
     "The items of some segments that count: a list of (segment, rows, ids, owners), and all ids that occur."
@@ -363,7 +363,7 @@ _CODES_NAME = re.compile(r"\d{20}-[0-9a-f]{8}")
 class _Later(SetStore):
     "The segments of a store that a set of codes does not cover."
     def __init__(self, store, covered):
-        super().__init__(store.path, store.keys, store.dim)
+        super().__init__(store.path, store.keys, store.dim, store.sets)
         self._store, self._covered = store, set(covered)
 
     def names(self): return [name for name in self._store.names() if name not in self._covered]

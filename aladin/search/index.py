@@ -19,9 +19,12 @@ from tqdm import tqdm
 from ..files import InputError, locked, report, write_json
 from ..device import hash_weights
 from ..data.processor import AladinProcessor
+from ..data.ragged import Ragged
 from ..data.splits import for_processor
 from ..model.configuration import AladinConfig, check_regions, report_inputs
+from ..model.alignment import set_scores
 from ..model.model import AladinModel, Encoded, load_model, regions_used
+from .codecs import check_codec, DEFAULT
 from .engines import ExactEngine, MilvusEngine
 from .faiss import FaissEngine, FLAT
 from .segments import check_engine, FORMAT, Hit, Items, KINDS, open_stores, read_index, VERSION
@@ -58,7 +61,7 @@ class SearchIndex:
         self.folder, self.model = Path(folder), model
         self.info = read_index(self.folder)
         self._check_model()
-        self.stores = open_stores(self.folder, self.info["dim"])
+        self.stores = open_stores(self.folder, self.info)
         self.engines = {kind: self._engine(kind) for kind in KINDS}
 
     def _check_model(self):
@@ -93,16 +96,18 @@ def create(cls:SearchIndex,
     model:AladinModel, # with its processor
     engine:str="exact", # exact; faiss, codes in the folder; milvus, a file in it; or the address of a Milvus server
     approximate:bool=False, # Milvus only: from 200,000 vectors on, search a graph (HNSW) instead of every vector
+    sets:str=DEFAULT, # how region and token sets are stored: a name of `CODECS`
 ):
-    "Make an empty index. Raises `InputError` for a folder with other files."
+    "Make an empty index. Raises `InputError` for a folder with other files, and for a codec that is too wide."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(folder, "output folder", "an empty folder", "other files", "choose another folder")
     check_engine(folder, engine, "choose one of these")
+    check_codec(folder, sets, model.config.hidden_size)
     source = model.name_or_path and Path(model.name_or_path)
     own = dict(model_folder=str(source.resolve())) if source and source.is_dir() else {}
     info = dict(format=FORMAT, version=VERSION, model=model_fingerprint(model), dim=model.config.hidden_size)
-    info |= dict(engine=engine, approximate=approximate, name=uuid.uuid4().hex[:12], **own)
+    info |= dict(engine=engine, approximate=approximate, sets=sets, name=uuid.uuid4().hex[:12], **own)
     write_json(folder/"index.json", info)
     try: return cls(folder, model)
     except InputError: # no server there
@@ -122,7 +127,7 @@ def sizes(self:SearchIndex)->tuple: # bytes of the vectors, bytes of the region 
     "The space that the pictures' segments, and codes of their vectors, take on disk."
     def size(*patterns): return sum(p.stat().st_size for o in patterns for p in self.folder.glob(o))
     sets = [f"images/*/{name}.npy" for name in ("sets", "offsets", "boxes")]
-    return size("images/*/vectors.npy", "images.faiss/*/*"), size(*sets)
+    return size("images/*/vectors.npy", "images.faiss/*/*"), size(*sets, "images/codec/*")
 
 # %% ../../nbs/search/04_index.ipynb #10de7bd8
 @patch
@@ -147,11 +152,17 @@ def _drop(self:SearchIndex, kind, ids):
 
 # %% ../../nbs/search/04_index.ipynb #f682da5c
 def _stored(encoded):
-    "Arrays of a segment: vectors in float32, sets in float16."
+    "Arrays of a segment: vectors in float32; sets, which the store encodes."
     offsets = np.concatenate([[0], np.cumsum(encoded.sets.lengths.numpy())])
-    return dict(vectors=encoded.matching.numpy(), sets=encoded.sets.values.to(torch.float16).numpy(), offsets=offsets)
+    return dict(vectors=encoded.matching.numpy(), sets=encoded.sets.values.float().numpy(), offsets=offsets)
 
 # %% ../../nbs/search/04_index.ipynb #ed06389d
+@patch
+def _encoded_captions(self:SearchIndex, images, captions, batch_size):
+    "Some captions of a split, by their numbers, encoded."
+    def encode(some): return self.model.encode_caption_batch(images.caption_batch(captions[some]).to(self.model.device))
+    return self.model.encode_in_batches(encode, images.caption_lengths[captions], batch_size)
+
 @patch
 def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     "Store the captions of some pictures, in place of those that were there."
@@ -161,9 +172,7 @@ def _put_captions(self:SearchIndex, images, rows, source, batch_size):
     numbers = captions - owner.searchsorted(owner[captions]) # a picture's captions lie side by side
     ids = [f"{image}#{number}" for image, number in zip(owners, numbers)]
     if len(captions):
-        def encode(some):
-            return self.model.encode_caption_batch(images.caption_batch(captions[some]).to(self.model.device))
-        encoded = self.model.encode_in_batches(encode, images.caption_lengths[captions], batch_size)
+        encoded = self._encoded_captions(images, captions, batch_size)
         about = dict(ids=ids, owners=owners, texts=[images.captions[c] for c in captions], source=source)
         self._put("captions", about, **_stored(encoded))
     there = self.engines["captions"].owned([images.image_ids[r] for r in rows])
@@ -171,14 +180,34 @@ def _put_captions(self:SearchIndex, images, rows, source, batch_size):
 
 # %% ../../nbs/search/04_index.ipynb #e6f547df
 @patch
+def _encoded_images(self:SearchIndex, images, rows, batch_size, encoded=None):
+    "Some pictures of a split, encoded, or taken from the whole split, if it is encoded already."
+    if encoded is None: return self.model.encode_images(images, rows, batch_size)
+    return Encoded(encoded.matching[rows], encoded.sets[torch.as_tensor(rows)])
+
+@patch
 def _put_images(self:SearchIndex, images, rows, source, batch_size, encoded=None):
     "Store some pictures: vectors, region sets, and the boxes and tags of the regions that take part."
     ids = [images.image_ids[r] for r in rows]
     boxes, tags = zip(*[regions_used(images, r, self.model.config) for r in rows])
-    if encoded is None: found = self.model.encode_images(images, rows, batch_size)
-    else: found = Encoded(encoded.matching[rows], encoded.sets[torch.as_tensor(rows)])
+    found = self._encoded_images(images, rows, batch_size, encoded)
     about = dict(ids=ids, owners=ids, tags=list(tags), source=source)
     self._put("images", about, boxes=np.concatenate(boxes), **_stored(found))
+
+# %% ../../nbs/search/04_index.ipynb #7a503d84
+_SAMPLE = 2048 # pictures that codecs are learned from
+
+@patch
+def _learn(self:SearchIndex, images, new, batch_size, encoded):
+    "Learn the codecs that the sets need, from some of the new pictures, by their rows, and their captions."
+    need = [kind for kind,store in self.stores.items() if store.needs_training()]
+    if not need or not new: return
+    rows = sorted(np.random.default_rng(0).permutation(new)[:_SAMPLE].tolist())
+    captions = np.flatnonzero(np.isin(images.caption_image, rows))
+    if "images" in need:
+        self.stores["images"].learn(_stored(self._encoded_images(images, rows, batch_size, encoded))["sets"])
+    if "captions" in need and len(captions):
+        self.stores["captions"].learn(_stored(self._encoded_captions(images, captions, batch_size))["sets"])
 
 # %% ../../nbs/search/04_index.ipynb #395e0309
 _LONGEST = 500 # bytes of an image id: Milvus allows 512, and captions add a number
@@ -218,6 +247,7 @@ def add(self:SearchIndex,
     there = self.engines["images"].find(images.image_ids)
     def same(image): return image in there and store.segment(there[image][0]).about["source"] == source
     new = [row for row, image in enumerate(images.image_ids) if not same(image)]
+    self._learn(images, new, batch_size, encoded)
     with tqdm(total=len(new), desc="index", unit="image", disable=not progress) as bar:
         for at in range(0, len(new), _SEGMENT):
             rows = new[at:at + _SEGMENT]
@@ -278,6 +308,14 @@ def _change_engine(self:SearchIndex, engine):
     self.engines = {kind: self._engine(kind) for kind in KINDS}
     for each in self.engines.values(): each.settle()
 
+# %% ../../nbs/search/04_index.ipynb #1d7fa375
+@patch
+def _check_sets(self:SearchIndex, sets):
+    "Raise `InputError` for another codec than the index has."
+    if sets in (None, self.info["sets"]): return
+    fix = "leave it out, or build another index"
+    raise InputError(self.folder, "sets", f"{self.info['sets']}, the codec of this index", sets, fix)
+
 # %% ../../nbs/search/04_index.ipynb #94466aae
 @patch(cls_method=True)
 def build(cls:SearchIndex,
@@ -288,6 +326,7 @@ def build(cls:SearchIndex,
     approximate:bool=False, # a new index: a few candidates may be missed; faiss, or Milvus's graph
     batch_size:int=64, # number of images or captions in a batch
     progress:bool=True, # show a progress bar
+    sets:str|None=None, # how region and token sets are stored, see `create`; by default as the index has them
 ):
     "Make or extend an index; what `out` has already from the same data is not encoded again."
     scratch = tempfile.TemporaryDirectory() if out is None else None
@@ -298,7 +337,9 @@ def build(cls:SearchIndex,
         if not exists:
             split = images.split if isinstance(images, Encoded) else images
             engine = choose_engine(engine, approximate, len(split.image_ids))
-        index = cls(folder, model) if exists else cls.create(folder, model, engine, approximate)
+        if exists: index = cls(folder, model)
+        else: index = cls.create(folder, model, engine, approximate, sets or DEFAULT)
+        index._check_sets(sets)
         index._change_engine(engine or index.info["engine"])
     index._scratch = scratch
     index.add(images, batch_size, progress)
@@ -325,18 +366,30 @@ def open(cls:SearchIndex,
 
 # %% ../../nbs/search/04_index.ipynb #4c97c566
 @patch
+def _scores(self:SearchIndex, kind, places, own):
+    "Alignment scores of the items at some places with a query's own set, [rows, dim]."
+    store, config = self.stores[kind], self.model.config
+    if store.codec.tables and config.aggregation in ("MrSw", "MwSr", "symm", "MrAVGw", "sum"):
+        cosines, lengths = store.cosines(places, own.numpy())
+        clamp = config.clamp != "never"
+        return torch.from_numpy(set_scores(cosines, lengths, kind == "images", config.aggregation, clamp))
+    sets, query = store.read(places), Ragged(own, torch.tensor([len(own)]))
+    if kind == "images": return self.model.alignment_of(sets, query)[:, 0]
+    return self.model.alignment_of(query, sets)[0]
+
+@patch
 def ranked(self:SearchIndex,
     kind:str, # images or captions
     vectors:torch.Tensor, # matching vectors of the queries, [queries, dim]
-    score, # function from a query's number and the candidates' sets to their alignment scores
+    own, # the queries' own sets: a `Ragged`, or a list of tensors [rows, dim]; None without re-ranking
     k:int, # number of answers to each query
-    rerank:int, # candidates that `score` ranks; 0: the matching head's order
+    rerank:int, # candidates that the alignment head ranks; 0: the matching head's order
 )->list: # for each query a list of (id, cosine, place, score), best first
     "The k best items of each query: candidates of the matching head, ranked by the alignment head."
     out = []
     for query,found in enumerate(self.engines[kind].search(vectors, max(k, rerank))):
         scores = torch.tensor([o[1] for o in found])
-        if rerank and found: scores = score(query, self.stores[kind].read([o[2] for o in found]))
+        if rerank and found: scores = self._scores(kind, [o[2] for o in found], own[query])
         order = torch.argsort(scores, descending=True, stable=True)[:k].tolist()
         out.append([(*found[r], float(scores[r])) for r in order])
     return out
@@ -361,12 +414,11 @@ def search_all(self:SearchIndex,
     if not texts: return []
     asked = self.model.encode_captions(texts)
     sets,tokens = asked.tokens,[self.model.words_used(text) for text in texts] if explain else None
-    def score(query, regions): return self.model.alignment_of(regions, sets[[query]])[:, 0]
     def hit(query, i, cosine, place, score):
         alignment = self._alignment(place, sets[query], tokens[query]) if explain else None
         return Hit(i, i, score, cosine, None, alignment)
     def look():
-        best = self.ranked("images", asked.matching, score, k, rerank)
+        best = self.ranked("images", asked.matching, sets, k, rerank)
         return [[hit(query, *o) for o in found] for query,found in enumerate(best)]
     return steady(self.stores["images"], look)
 
@@ -410,8 +462,7 @@ def search_captions(self:SearchIndex,
     "Find captions for a picture. Raises `InputError` for one that is not in the index."
     def look():
         place, vector, regions = self._image(image_id)
-        def score(_, words): return self.model.alignment_of(regions, words)[0]
-        best = self.ranked("captions", vector[None], score, k, rerank)[0]
+        best = self.ranked("captions", vector[None], regions, k, rerank)[0]
         return [self._caption_hit(*o, place if explain else None) for o in best]
     return steady(self.stores["images"], lambda: steady(self.stores["captions"], look))
 

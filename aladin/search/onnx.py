@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import InputError, need_package, read_json
-from ..model.alignment import contributions
+from ..model.alignment import contributions, set_scores
 from .faiss import FaissEngine
 from .segments import (
     caption_hit, Hit, Items, open_stores, picture_alignment, picture_place, read_index, steady)
@@ -81,7 +81,7 @@ class OnnxIndex:
             path,found = self.captions.folder/"caption_encoder.json",self.captions.about.get("model")
             expected = f"{self.info['model']}, as in index.json"
             raise InputError(path, "model", expected, found, "export the encoder again")
-        self.stores = open_stores(self.folder, self.info["dim"])
+        self.stores = open_stores(self.folder, self.info)
         self.items = {kind: engine(store) for kind,store in self.stores.items()}
 
     def __len__(self): return len(self.items["images"])
@@ -98,12 +98,6 @@ def _best(scores, k):
     return found[np.argsort(-scores[found], kind="stable")]
 
 @patch
-def _score(self:OnnxIndex, cosines):
-    "The alignment score of one pair from its cosines [regions, tokens]."
-    by_token,by_region = contributions(cosines, self.captions.about["aggregation"], self.captions.about["clamp"])
-    return float(by_token.sum() + by_region.sum())
-
-@patch
 def _candidates(self:OnnxIndex, kind, vector, k):
     "The k items whose vectors are nearest: (id, cosine, place), best first."
     items = self.items[kind]
@@ -115,14 +109,11 @@ def _candidates(self:OnnxIndex, kind, vector, k):
     return [(i, float(matching[row]), place) for row,(i,place) in zip(rows, items.located(rows))]
 
 @patch
-def _scores(self:OnnxIndex, kind, cosines, lengths):
-    "The alignment scores of candidates; `cosines` are those of all their rows [rows, others], `lengths` their rows."
-    about,images = self.captions.about,kind == "images"
-    if images and about["aggregation"] == "MrSw" and lengths.all(): # all candidates at once
-        best = np.maximum.reduceat(cosines, lengths.cumsum() - lengths)
-        return np.maximum(best, 0 if about["clamp"] else -1).sum(1)
-    tables = np.split(cosines, lengths.cumsum()[:-1])
-    return np.array([self._score(o if images else o.T) for o in tables])
+def _scores(self:OnnxIndex, kind, places, others):
+    "The alignment scores of the items at some places with the query's own set, [rows, dim]."
+    about = self.captions.about
+    cosines,lengths = self.items[kind].store.cosines(places, others)
+    return set_scores(cosines, lengths, kind == "images", about["aggregation"], about["clamp"])
 
 @patch
 def _ranked(self:OnnxIndex, kind, vector, others, k, rerank):
@@ -130,9 +121,7 @@ def _ranked(self:OnnxIndex, kind, vector, others, k, rerank):
     found = self._candidates(kind, vector, max(k, rerank))
     if not found: return []
     scores = np.array([cosine for _,cosine,_ in found])
-    if rerank:
-        values,lengths = self.items[kind].store.arrays([place for *_,place in found])
-        scores = self._scores(kind, values @ others.T, lengths)
+    if rerank: scores = self._scores(kind, [place for *_,place in found], others)
     order = np.argsort(-scores, kind="stable")[:k]
     return [(*found[o], float(scores[o])) for o in order]
 
@@ -156,7 +145,7 @@ def search(self:OnnxIndex,
 def _alignment(self:OnnxIndex, place, words, tokens):
     "The tokens of a text beside the regions at a place of the images."
     store,about = self.items["images"].store,self.captions.about
-    cosines = store.arrays([place])[0] @ words.T
+    cosines = store.cosines([place], words)[0]
     return picture_alignment(store, place, tokens, cosines, about["aggregation"], about["clamp"])
 
 @patch
@@ -168,13 +157,6 @@ def search_all(self:OnnxIndex,
 )->list: # of lists of `Hit`, best first
     "Find pictures for each text, one after the other: the graph takes one caption at a time."
     return [self.search(text, k, rerank, explain) for text in texts]
-
-@patch
-def _alignment(self:OnnxIndex, place, words, tokens):
-    "The tokens of a text beside the regions at a place of the images."
-    store,about = self.items["images"].store,self.captions.about
-    cosines = store.arrays([place])[0] @ words.T
-    return picture_alignment(store, place, tokens, cosines, about["aggregation"], about["clamp"])
 
 @patch
 def search_captions(self:OnnxIndex,
@@ -201,7 +183,9 @@ def pair(self:OnnxIndex,
     items,(vector,words,tokens) = self.items["images"],self.captions(query)
     place = picture_place(self.folder, items, image_id)
     alignment,own = self._alignment(place, words, tokens),items.store.segment(place[0]).vectors[place[1]]
-    return Hit(str(image_id), str(image_id), self._score(alignment.cosines), float(own @ vector), None, alignment)
+    by_token,by_region = contributions(alignment.cosines, alignment.aggregation, alignment.clamp)
+    score,matching = float(by_token.sum() + by_region.sum()),float(own @ vector)
+    return Hit(str(image_id), str(image_id), score, matching, None, alignment)
 
 @patch
 def similar(self:OnnxIndex,
