@@ -92,7 +92,7 @@ def test_flat_equals_exact(server, tmp_path):
 def test_a_process_finds_what_it_has_written(server, tmp_path):
     store = SetStore(tmp_path/"images")
     engine = MilvusEngine(store, server.uri, "session", DIM, "m")
-    for part in range(4):
+    for part in range(2):
         name, vectors = write(store, [f"{part}-{i}" for i in range(10)], part)
         engine.put(name)
         assert engine.search(torch.from_numpy(vectors[:1]), 1)[0][0][0] == f"{part}-0"

@@ -147,6 +147,8 @@ def _token_error(uri, error):
     found = f"{'another token' if os.environ.get(TOKEN) else 'no token'}: {_brief(_causes(error)[-1])}"
     return InputError(uri, "token", expected, found, f"set {TOKEN} to user:password")
 
+_CHANNEL = {"grpc.use_local_subchannel_pool": 1, "grpc.max_reconnect_backoff_ms": 1000}
+
 def _is_server(uri):
     "Whether an address is that of a server, and not a file."
     return "://" in uri
@@ -156,7 +158,8 @@ def _connect(pymilvus, uri):
     token = os.environ.get(TOKEN, "")
     for wait in (.5, 1, 2, 0):
         try:
-            with _quiet(): return pymilvus.MilvusClient(uri, token=token, timeout=30, dedicated=True)
+            with _quiet():
+                return pymilvus.MilvusClient(uri, token=token, timeout=30, dedicated=True, grpc_options=_CHANNEL)
         except Exception as e:
             if wait and _is_server(uri):
                 time.sleep(wait)
