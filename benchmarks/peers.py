@@ -40,7 +40,7 @@ def fast_plaid(sets, words):
     index.create(list(sets.values.split(sets.lengths.tolist())))
     every = dict(top_k=len(sets), n_full_scores=len(sets), n_ivf_probe=2**14, show_progress=False)
 
-    def scores(folder=folder):
+    def scores(folder=folder):  # keeps the folder, which would be removed with its last reference
         found = torch.full((len(sets),), torch.nan)
         for image, score in index.search(words.values[None], **every)[0]: found[image] = score
         return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from aladin.files import atomic_write, read_json, write_json
+from aladin.files import atomic_write
 from aladin.data.ragged import Ragged
 from aladin.data.splits import open_split
 from aladin.evaluation.embeddings import encode_split
@@ -22,12 +22,11 @@ from aladin.evaluation.metrics import image_to_text_ranks, text_to_image_ranks
 from aladin.model.alignment import set_scores
 from aladin.model.heads import alignment_scores
 from aladin.model.model import load_model
-from aladin.runs.record import provenance
 from aladin.search.codecs import CODECS
 from aladin.search.engines import ExactEngine
 from aladin.search.faiss import FaissEngine
 from aladin.search.segments import SetStore
-from search import clustered, folder_bytes, in_process, query_times, resident, unit
+from search import clustered, folder_bytes, in_process, publish, query_times, resident, unit
 
 CANDIDATES = 100
 WAYS = [(way, order) for order in ("reranked", "scanned") for way in ("t2i", "i2t")]
@@ -138,6 +137,9 @@ median time to read 100 candidates of a caption, mapped, and to score them in Nu
 """
 
 
+def codecs_text(found): return INTRO + "\n".join(codecs_table(*o) for o in found.items())
+
+
 def plot_codecs(found):
     "R@1 and R@10 kept over the bytes of a picture; a row for each data set."
     figure, axes = plt.subplots(len(found), 2, figsize=(9, 3.2*len(found)), dpi=90, layout="constrained", squeeze=False)
@@ -168,15 +170,10 @@ def plot_codecs(found):
 def codecs(args):
     "Measure one data set and write it beside the others."
     torch.set_num_threads(args.threads)
-    start, path = time.perf_counter(), args.out/"codecs_benchmark.json"
-    m = measure_codecs(args)
-    m |= {"seconds": round(time.perf_counter() - start, 1), "made by": provenance(args.seed)}
-    found = (read_json(path) if path.exists() else {}) | {args.name: m}
-    write_json(path, found)
-    text = INTRO + "\n".join(codecs_table(*o) for o in found.items())
-    with atomic_write(args.out/"codecs_benchmark.md") as part: part.write_text(text, encoding="utf-8")
+    start, m = time.perf_counter(), measure_codecs(args)
+    m |= dict(seconds=round(time.perf_counter() - start, 1))
+    found = publish(args, "codecs_benchmark", args.name, m, codecs_text)
     with atomic_write(args.out/"codecs_benchmark.png") as part: plot_codecs(found).savefig(part, format="png", dpi=160)
-    print(text)
 
 
 # A generated collection
@@ -308,11 +305,7 @@ def extrapolated(m, pictures=10_000_000):
 
 def collection(args):
     "Measure one size and write it beside the others."
-    path, folder = args.out/"collection_benchmark.json", Path(tempfile.mkdtemp(dir=args.scratch))
+    folder = Path(tempfile.mkdtemp(dir=args.scratch))
     try: m = measure_collection(args, folder)
     finally: shutil.rmtree(folder)
-    found = (read_json(path) if path.exists() else {}) | {f"{args.pictures} pictures, {args.sets}": m | {"made by": provenance(args.seed)}}
-    write_json(path, found)
-    text = collection_text(found)
-    with atomic_write(args.out/"collection_benchmark.md") as part: part.write_text(text, encoding="utf-8")
-    print(text)
+    publish(args, "collection_benchmark", f"{args.pictures} pictures, {args.sets}", m, collection_text)

@@ -331,12 +331,27 @@ def exact_order(folder, queries, nearest):
     return np.array(ordered)
 
 
-def embedded_text(m):
+def heading(m, rest, took=""):
+    "The title of one size and a line on where and when it was measured."
     made, at = m["made by"], m["made by"]["machine"]
-    lines = [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
-             f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}: {at['processor']}, {m['build_threads']} threads to build, one to ask, {m['queries']} queries"
-             f"{'; ' + ', '.join(f'{k} {v}' for k, v in m['libraries'].items())}. {m['note']}".rstrip(), "",
-             "| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile | recall@10 | recall@100 |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    return [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
+            f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}{took}: {at['processor']}, {rest}. {m['note']}".rstrip(), ""]
+
+
+def publish(args, stem, key, m, text):
+    "Add a measurement to STEM.json, and write STEM.md from all of them by `text`; returns all of them."
+    path = args.out/f"{stem}.json"
+    found = (read_json(path) if path.exists() else {}) | {key: m | {"made by": provenance(args.seed)}}
+    write_json(path, found)
+    with atomic_write(path.with_suffix(".md")) as part: part.write_text(text(found), encoding="utf-8")
+    print(text(found))
+    return found
+
+
+def embedded_text(m):
+    libraries = ", ".join(f"{k} {v}" for k, v in m["libraries"].items())
+    lines = heading(m, f"{m['build_threads']} threads to build, one to ask, {m['queries']} queries; {libraries}")
+    lines += ["| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile | recall@10 | recall@100 |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     def size(row, key): return size_text(row[key]) if key in row else ""
     for o in m["engines"]:
         opened = f"{o['open_seconds']:.1f} s" if "open_seconds" in o else ""
@@ -347,19 +362,14 @@ def embedded_text(m):
 
 def embedded(args):
     "Measure one size and write it beside the others."
-    start, path = time.perf_counter(), args.out/"embedded_benchmark.json"
-    m = measure_embedded(args)
+    start, m = time.perf_counter(), measure_embedded(args)
     libraries = {name: importlib.metadata.version(name) for name in ("faiss-cpu", "hnswlib", "usearch") if name == "faiss-cpu" or args.peers}
-    m |= {"libraries": libraries, "seconds": round(time.perf_counter() - start, 1), "made by": provenance(args.seed)}
-    found = read_json(path) if path.exists() else {}
-    found[f"{args.pictures} vectors, {args.clusters} clusters"] = m
-    write_json(path, found)
+    m |= dict(libraries=libraries, seconds=round(time.perf_counter() - start, 1))
     intro = ("# Benchmark of embedded search\n\nMade by `python benchmarks/search.py --embedded`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
              "the exact answers. Memory is the most that a process had in use, mapped files included; it includes importing torch, and for other libraries the vectors that they are given. "
              "Graphs and lists are searched at the smallest width of 200, 400, 800 and 1,600 (lists: a quarter of it) that finds 98 %, or at 1,600.\n\n")
-    text = intro + "\n".join(embedded_text(o) for o in found.values())
-    with atomic_write(args.out/"embedded_benchmark.md") as part: part.write_text(text, encoding="utf-8")
-    print(text)
+    def text(found): return intro + "\n".join(embedded_text(o) for o in found.values())
+    publish(args, "embedded_benchmark", f"{args.pictures} vectors, {args.clusters} clusters", m, text)
 
 
 # A Milvus server
@@ -408,11 +418,9 @@ def measure_milvus(args):
 
 
 def milvus_text(m):
-    made, at = m["made by"], m["made by"]["machine"]
-    lines = [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
-             f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}, in {m['seconds']:.0f} s: {at['processor']}, {m['queries']} queries; "
-             f"Milvus {m['server']} on the same machine, pymilvus {m['pymilvus']}. {m['note']}".rstrip(), "",
-             "| collection | index | build | median query | 99th percentile | recall@10 | recall@100 | same 100 |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    rest = f"{m['queries']} queries; Milvus {m['server']} on the same machine, pymilvus {m['pymilvus']}"
+    lines = heading(m, rest, f", in {m['seconds']:.0f} s")
+    lines += ["| collection | index | build | median query | 99th percentile | recall@10 | recall@100 | same 100 |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {o['engine']} | {o['index']} | {o['build_seconds']:.0f} s | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % | {o['same']:.0f} % |" for o in m["engines"]]
     lines += ["", "| consistency of the search, every vector | queries | median query | 99th percentile |", "|---|---:|---:|---:|"]
     return "\n".join(lines + [f"| {o['level']} | {o['queries']} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms |" for o in m["levels"]]) + "\n"
@@ -420,18 +428,13 @@ def milvus_text(m):
 
 def milvus(args):
     "Measure one size and write it beside the others."
-    start, path = time.perf_counter(), args.out/"milvus_benchmark.json"
-    m = measure_milvus(args)
-    m |= {"pymilvus": importlib.metadata.version("pymilvus"), "seconds": round(time.perf_counter() - start, 1), "made by": provenance(args.seed)}
-    found = read_json(path) if path.exists() else {}
-    found[f"{args.pictures} vectors, {args.clusters} clusters"] = m
-    write_json(path, found)
+    start, m = time.perf_counter(), measure_milvus(args)
+    m |= dict(pymilvus=importlib.metadata.version("pymilvus"), seconds=round(time.perf_counter() - start, 1))
     intro = ("# Benchmark of search at a Milvus server\n\nMade by `python benchmarks/search.py --milvus ADDRESS`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
              "the exact answers, and *same 100* is the share of queries that find all of them, so that re-ranking gives the same answers. Building is inserting, sealing and indexing. With `--approximate` a "
              f"collection has a graph (HNSW) from {engines.GRAPH:,} vectors on; the last row makes it in any case.\n\n")
-    text = intro + "\n".join(milvus_text(found[key]) for key in sorted(found, key=lambda key: found[key]["pictures"]))
-    with atomic_write(args.out/"milvus_benchmark.md") as part: part.write_text(text, encoding="utf-8")
-    print(text)
+    def text(found): return intro + "\n".join(milvus_text(o) for o in sorted(found.values(), key=lambda o: o["pictures"]))
+    publish(args, "milvus_benchmark", f"{args.pictures} vectors, {args.clusters} clusters", m, text)
 
 
 def main():

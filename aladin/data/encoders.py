@@ -428,11 +428,12 @@ class FunctionEncoder:
         "The maps of some pictures."
         made = self.function(pictures)
         found = [torch.as_tensor(np.asarray(o, np.float32)) for o in (made if isinstance(made, tuple) else (made,))]
-        shapes = [list(o.shape) for o in found]
-        sizes,same = [len(o) for o in shapes],len({tuple(o[:2]) for o in shapes}) == 1
-        if same and sizes == [2]: return [PictureMap(v[:, None, None]) for v in found[0]]
-        if same and sizes in ([4], [4, 2]): return [PictureMap(*maps) for maps in zip(*found)]
+        dimensions = [o.ndim for o in found]
+        if dimensions == [2]: return [PictureMap(v[:, None, None]) for v in found[0]]
+        if dimensions in ([4], [4, 2]) and found[0].shape[:2] == found[-1].shape[:2]:
+            return [PictureMap(*maps) for maps in zip(*found)]
         expected = "[pictures, dim], [pictures, dim, rows, columns], or the second and the first as a tuple"
+        shapes = [list(o.shape) for o in found]
         raise InputError(self.name, "result", expected, shapes, "reshape what the function returns")
 
 # %% ../../nbs/data/22_encoders.ipynb #f836ca14

@@ -73,15 +73,11 @@ class Names:
         return [row for row in self.order[first:last].tolist() if self[row] == text]
 
 # %% ../../nbs/search/02_faiss.ipynb #5abb2777
-def _read(store, name):
-    "A segment that is read for once and not kept open."
-    return store.read_segment(name)
-
 def _live_rows(store, names):
     "The items of some segments that count: a list of (segment, rows, ids, owners), and all ids that occur."
     found, seen = [], set()
     for name in reversed(names):
-        about = _read(store, name).about
+        about = store.read_segment(name).about
         ids, owners = about.get("ids", []), about.get("owners", [])
         rows = [row for row, item in enumerate(ids) if item not in seen]
         if rows: found.append((name, rows, [ids[row] for row in rows], [owners[row] for row in rows]))
@@ -273,7 +269,7 @@ def _tuned(codes, count=64, k=100):
 def _blocks(store, live):
     "The vectors of some items in blocks, float32; raises `InputError` for NaN and infinity."
     for name, rows, *_ in live:
-        vectors = _read(store, name).vectors
+        vectors = store.read_segment(name).vectors
         for at in range(0, len(rows), _BLOCK):
             block = np.asarray(vectors[rows[at:at + _BLOCK]], np.float32)
             check_finite(store.path/name, block)
@@ -286,7 +282,7 @@ def _sample(store, live, count):
     parts, at = [], 0
     for name, rows, *_ in live:
         own = chosen[(chosen >= at) & (chosen < at + len(rows))] - at
-        if len(own): parts.append(np.asarray(_read(store, name).vectors[np.asarray(rows)[own]], np.float32))
+        if len(own): parts.append(np.asarray(store.read_segment(name).vectors[np.asarray(rows)[own]], np.float32))
         at += len(rows)
     check_finite(store.path, np.concatenate(parts))
     return np.concatenate(parts)
