@@ -121,6 +121,7 @@ def _read_list(path):
     if fits and all(_COMPACT_NAME.fullmatch(name) for name in found["adds"]): return found
     raise InputError(path, "content", "adds and replaces, lists of segments' names", "something else", _AGAIN)
 
+# %% ../../nbs/search/01_segments.ipynb #59f24dfa
 class SetStore:
     "The segments of one kind of items; the folder need not exist yet."
     def __init__(self,
@@ -149,45 +150,52 @@ class SetStore:
             names = {name for name in entries if _SEGMENT_NAME.fullmatch(name)}
             return sorted(names.union(*(o["adds"] for o in lists)).difference(*(o["replaces"] for o in lists)))
 
-    def _entries(self):
-        "What lies in the folder at one time: read again where it changed meanwhile."
-        if not self.path.is_dir(): return []
-        while True:
-            before = os.stat(self.path).st_mtime_ns
-            entries = os.listdir(self.path)
-            if os.stat(self.path).st_mtime_ns == before: return entries
-
-    def _list(self, name):
-        "A list that `compact` has written, read once."
-        if name not in self._lists: self._lists[name] = _read_list(self.path/name)
-        return self._lists[name]
-
-    def next_name(self)->str:
-        "A name after all that are there: a number counted up and a random part."
-        number = max((int(n[:20]) for n in self.names()), default=0) + 1
-        return f"{number:020d}-{uuid.uuid4().hex[:8]}"
-
-    def segment(self,
-        name:str, # of a segment
-    )->Segment:
-        "A segment, opened and checked once; raises `InputError` when it is not there or damaged."
-        if name in self._open: return self._open[name]
-        if not (self.path/name/"segment.json").is_file():
-            expected = "the sets that the engine refers to"
-            raise InputError(self.path/name, "segment", expected, "nothing there", _AGAIN)
-        self._open[name] = self.read_segment(name)
-        return self._open[name]
-
-    def read_segment(self,
-        name:str, # of a segment
-    )->Segment:
-        "A segment, opened and checked, and not kept open."
-        return Segment(self.path/name, self.keys, self.dim, self.codec)
-
     @cached_property
     def codec(self):
         "The codec of the sets. Raises `InputError` where it has not been learned, or is damaged."
         return open_codec(self.path/"codec", self.sets)
+
+# %% ../../nbs/search/01_segments.ipynb #05242212
+@patch
+def _entries(self:SetStore):
+    "What lies in the folder at one time: read again where it changed meanwhile."
+    if not self.path.is_dir(): return []
+    while True:
+        before = os.stat(self.path).st_mtime_ns
+        entries = os.listdir(self.path)
+        if os.stat(self.path).st_mtime_ns == before: return entries
+
+@patch
+def _list(self:SetStore, name):
+    "A list that `compact` has written, read once."
+    if name not in self._lists: self._lists[name] = _read_list(self.path/name)
+    return self._lists[name]
+
+# %% ../../nbs/search/01_segments.ipynb #2d575346
+@patch
+def next_name(self:SetStore)->str:
+    "A name after all that are there: a number counted up and a random part."
+    number = max((int(n[:20]) for n in self.names()), default=0) + 1
+    return f"{number:020d}-{uuid.uuid4().hex[:8]}"
+
+@patch
+def segment(self:SetStore,
+    name:str, # of a segment
+)->Segment:
+    "A segment, opened and checked once; raises `InputError` when it is not there or damaged."
+    if name in self._open: return self._open[name]
+    if not (self.path/name/"segment.json").is_file():
+        expected = "the sets that the engine refers to"
+        raise InputError(self.path/name, "segment", expected, "nothing there", _AGAIN)
+    self._open[name] = self.read_segment(name)
+    return self._open[name]
+
+@patch
+def read_segment(self:SetStore,
+    name:str, # of a segment
+)->Segment:
+    "A segment, opened and checked, and not kept open."
+    return Segment(self.path/name, self.keys, self.dim, self.codec)
 
 # %% ../../nbs/search/01_segments.ipynb #9362b18a
 @patch
