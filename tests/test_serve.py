@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +237,20 @@ def test_running_requests_are_answered(folder):
         assert [a.result()[0] for a in asked] == [200]*5
 
 
-def test_killed_and_started_again(folder):
-    with Served(folder/"index", "--onnx") as service:
+def test_killed_under_load_and_started_again(folder):
+    "kill -9 while four clients ask: an answer is whole or an error of the connection, and the next process gives the same answers."
+    answers, broken = [], []
+    def client(service):
+        try:
+            while True: answers.append(service.hits(text=TEXT, k=20))
+        except (OSError, HTTPException) as e: broken.append(e)
+    with Served(folder/"index", "--onnx") as service, ThreadPoolExecutor(4) as pool:
         before, port = service.hits(text=TEXT, k=20), service.port
+        for _ in range(4): pool.submit(client, service)
+        end = time.monotonic() + 60
+        while len(answers) < 20: assert time.monotonic() < end and time.sleep(.01) is None
         service.kill()
+    assert len(broken) == 4 and all(a == before for a in answers)
     with Served(folder/"index", "--onnx", port=port) as again: assert again.hits(text=TEXT, k=20) == before
 
 
