@@ -349,7 +349,7 @@ def one_caption(images, dim):
 
 
 def clip_tags(images, part):
-    "One epoch's tags as CLIP reads them, 36 an image of 1,600 names, common ones more often; the reference reads each image's again, a batch of images at a time, as the originals do."
+    "One epoch's tags as CLIP reads them, 36 an image of 1,600 names, common ones more often; the reference reads each image's again, a batch of images at a time, as the authors' code does."
     rng = np.random.default_rng(0)
     often = 1/np.arange(1, 1601)
     tags = [[f"thing {i}" for i in row] for row in rng.choice(1600, (images, 36), p=often/often.sum())]
@@ -529,7 +529,7 @@ def seconds_text(s): return f"{s:.0f} s" if s >= 100 else f"{s:.2f} s" if s >= 1
 
 def against_one_thread(row):
     "The same ratios with one thread for the reference, as the times of the authors' code were measured, and ours on all of them."
-    alone = {"the reference on one thread": row.get("reference_one_thread"), "the originals on one thread": row.get("originals")}
+    alone = {"the reference on one thread": row.get("reference_one_thread"), "the authors' code on one thread": row.get("originals")}
     return "; ".join(f"{name} {seconds_text(s)}: {s/row['ours']:.0f} times ours" + (f", {s/row['bfloat16']:.0f} times ours in bfloat16" if "bfloat16" in row else "") for name,s in alone.items() if s)
 
 
@@ -585,7 +585,7 @@ def main():
                              extra_mib=ours["extra_mib"], reference_mib=padded["extra_mib"], share_of_peak=ours["share_of_peak"], bfloat16_share_of_peak=short["share_of_peak"],
                              bfloat16=short["seconds"], bfloat16_ratio=padded["seconds"]/short["seconds"])
     rows = {r["work"]: r for r in (read_json(a.out/"benchmarks.json")["rows"] if a.only and (a.out/"benchmarks.json").exists() else [])}
-    rows |= {r["work"]: r | {"made by": made} | (dict(originals=ORIGINALS[name]) if name in ORIGINALS else {}) for name,r in found.items() if "seconds" not in r} # a training step is told with its reference or not at all
+    rows |= {r["work"]: r | {"made by": made} | (dict(originals=ORIGINALS[name]) if name in ORIGINALS else {}) for name,r in found.items() if "seconds" not in r} # a training step is reported with its reference or not at all
     write_json(a.out/"benchmarks.json", dict(rows=list(rows.values()), **{"made by": made}))
     (a.out/"benchmarks.md").write_text(markdown(rows.values(), made), encoding="utf-8")
 

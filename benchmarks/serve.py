@@ -2,7 +2,7 @@
 """`aladin serve` under load: requests a second, time of a request, memory and start, with torch and without; a longer index and a kill meanwhile.
 
 The index is the demo's, a thousand drawn scenes with their captions. The client is part of this file: coroutines on the loopback interface, each with one
-HTTP/1.1 connection that stays open, each asking the next caption as soon as it has an answer. It needs no package and little processor time, and it sees
+HTTP/1.1 connection that stays open, each asking the next caption as soon as it has an answer. It needs no package and little CPU time, and it sees
 every failed request; it runs on the same cores as the service and takes its share of them. Writes serve.json and serve.md."""
 import argparse
 import asyncio
@@ -57,7 +57,7 @@ class Served:
     def resident(self): return 1024*next(int(line.split()[1]) for line in open(f"/proc/{self.process.pid}/status") if line.startswith("VmHWM"))
 
     def processor(self):
-        "Seconds of processor time so far."
+        "Seconds of CPU time so far."
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12]))/os.sysconf("SC_CLK_TCK")
 

@@ -165,7 +165,7 @@ def draw(table, path):
 def markdown(table, read, made, peaks):
     m = made["machine"]
     lines = ["# Training steps", "", f"Made by `benchmarks/training.py` at commit {(made['commit'] or 'unknown')[:9]} on {made['date']}: {m['processor']}, {m['threads']} thread{'s'*(m['threads'] > 1)}, torch {made['versions']['torch']}, "
-             f"{made['wall_seconds']:.0f} s in all.", "", "One step of the joint configuration's loss over the whole batch: 4 layers, 256 wide, on the processor; VinVL-base in bfloat16 on a GPU.", "",
+             f"{made['wall_seconds']:.0f} s in all.", "", "One step of the joint configuration's loss over the whole batch: 4 layers, 256 wide, on the CPU; VinVL-base in bfloat16 on a GPU.", "",
              "| device | batch | way | seconds a step | pairs a second | peak MiB | share of the matrix product's peak | waiting for data |", "|---|---:|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {r.device} | {r.batch} | {r.way} | {r.seconds:.3f} | {r.samples_a_second:.1f} | {r.memory_mib:.0f} | {100*r.flop/r.seconds/peaks[r.device]:.0f} % | {100*r.data_share:.1f} % |" for r in table.itertuples()]
     lines += ["", "![Peak memory and time of a step over the batch](training.png)", "", "## Reading", "",

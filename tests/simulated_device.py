@@ -1,7 +1,7 @@
-"""A second device that is none: torch takes it for one, its numbers lie in the processor's memory and are computed there.
+"""A simulated second device: torch treats it as one, but its tensors lie in the CPU's memory and are computed there.
 
-It refuses what a GPU refuses (operands on two devices, numpy() without cpu()) and counts what makes the host wait for a GPU: results whose size depends on values, numbers read, and copies that
-are not told to go on. So a program that gives the same numbers on it as on the processor keeps its tensors in their places, whatever the machine. What it cannot show: speed, a
+It refuses what a GPU refuses (operands on two devices, numpy() without cpu()) and counts what makes the host wait for a GPU: results whose size depends on values, numbers read, and
+copies that block. So a program that gives the same numbers on it as on the CPU keeps its tensors in their places, whatever the machine. What it cannot show: speed, a
 GPU's own rounding, its random numbers and its lower precisions."""
 from collections import Counter
 
@@ -20,7 +20,7 @@ COPIES = {"copy_", "_to_copy"}
 
 
 class OnDevice(torch.Tensor):
-    "A tensor on the device; `raw` is the same in the processor's memory."
+    "A tensor on the device; `raw` is the same in the CPU's memory."
     @staticmethod
     def __new__(cls, raw):
         return torch.Tensor._make_wrapper_subclass(cls, raw.shape, raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=f"{NAME}:0")
@@ -44,12 +44,12 @@ def _waits(name, args, kwargs, tensors):
 
 
 def _run(op, args, kwargs):
-    "Compute on the processor, as the device would be asked to."
+    "Compute on the CPU, as the device would be asked to."
     name = op._schema.name.removeprefix("aten::")
     if name == "_fused_sdp_choice": return 0  # attention in its plain form
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [o for o in leaves if isinstance(o, torch.Tensor)]
-    if name not in COPIES and any(not isinstance(o, OnDevice) and o.dim() for o in tensors): raise RuntimeError(f"{op}: operands on {NAME} and on the processor")
+    if name not in COPIES and any(not isinstance(o, OnDevice) and o.dim() for o in tensors): raise RuntimeError(f"{op}: operands on {NAME} and on the CPU")
     if _waits(name, args, kwargs, tensors): waits[name] += 1
     raw = [o.raw if isinstance(o, OnDevice) else torch.device("cpu") if isinstance(o, torch.device) else o for o in leaves]
     args, kwargs = tree_unflatten(raw, spec)
@@ -61,7 +61,7 @@ def _run(op, args, kwargs):
 
 
 class _Module(_DummyBackendModule):
-    "What torch asks of a device's module; its random numbers are the processor's."
+    "What torch asks of a device's module; its random numbers are the CPU's."
     def get_amp_supported_dtype(self): return [torch.bfloat16]
     def get_rng_state(self, device=None): return torch.get_rng_state()
     def set_rng_state(self, state, device=None): torch.set_rng_state(state)

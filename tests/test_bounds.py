@@ -153,7 +153,7 @@ def nested(key, value):
 
 @pytest.mark.parametrize("key, kind, bounds", list(every_number(ExperimentConfig())), ids=lambda o: o if isinstance(o, str) else "")
 def test_every_number_has_bounds(key, kind, bounds):
-    "Just outside of each bound, and what is no number at all, is refused by its key."
+    "Just outside of each bound, and what is not a number, is refused by its key."
     outside = [bounds["ge"] - 1] if "ge" in bounds else [bounds["gt"]]
     outside += [bounds["le"] + 1] if "le" in bounds else [bounds["lt"]] if "lt" in bounds else []
     if kind is float: outside = [*map(float, outside), float("nan"), float("inf"), -float("inf")]

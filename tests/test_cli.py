@@ -1,4 +1,4 @@
-"The commands that users' scripts rely on, in their exact forms, on the originals' own files."
+"The commands that users' scripts rely on, in their exact forms, on the authors' own files."
 import json
 import subprocess
 import sys

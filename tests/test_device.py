@@ -75,7 +75,7 @@ def same(a, b):
 def refusals():
     "What the device itself does: refuse, count, and go on."
     x, found = torch.arange(6.).to(NAME), {}
-    for name, wrong in {"two devices": lambda: x + torch.ones(6), "index_copy": lambda: x.index_copy(0, torch.arange(6), x), "numpy": x.numpy, "from the processor": lambda: torch.ones(6) * x}.items():
+    for name, wrong in {"two devices": lambda: x + torch.ones(6), "index_copy": lambda: x.index_copy(0, torch.arange(6), x), "numpy": x.numpy, "from the CPU": lambda: torch.ones(6) * x}.items():
         try: wrong(); found[name] = "not refused"
         except (RuntimeError, TypeError) as e: found[name] = type(e).__name__
     counted = {}
@@ -89,7 +89,7 @@ def refusals():
 
 
 def both(work):
-    "What `work` of a device's name gives on the processor and on the device."
+    "What `work` of a device's name gives on the CPU and on the device."
     with sdpa_kernel(SDPBackend.MATH): here = work("cpu")  # the device knows no other
     return here, work(NAME)
 
@@ -189,7 +189,7 @@ def work_together(vocabulary, folder):
 
     def checked(function):
         def run(tensor, *args, **kwargs):
-            if not isinstance(tensor, OnDevice): raise RuntimeError(f"{function.__name__} of a tensor in the processor's memory")
+            if not isinstance(tensor, OnDevice): raise RuntimeError(f"{function.__name__} of a tensor in the CPU's memory")
             return function(tensor, *args, **kwargs)
         return run
     for function in (dist.broadcast, dist.reduce, dist.all_reduce): setattr(dist, function.__name__, checked(function))
@@ -239,7 +239,7 @@ def test_training_is_the_same_on_the_device(found, way):
 
 
 def test_bfloat16_goes_as_a_gpu_casts(found):
-    "A GPU's autocast sums and normalises in float32, the processor's does not: the first steps agree to bfloat16's precision, an operation that would meet two types would fail."
+    "A GPU's autocast sums and normalises in float32, the CPU's does not: the first steps agree to bfloat16's precision, an operation that would meet two types would fail."
     here, there = found["ways"]["bfloat16"]["losses"]
     np.testing.assert_allclose(there[:2], here[:2], rtol=2**-8)
     assert here != there

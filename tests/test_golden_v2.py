@@ -66,7 +66,7 @@ def test_published_merge(key):
     for i in regions.ids:
         assert regions.tags(i) == want["labels"][i]
         assert " ".join(regions.tags(i)) == want["od_label_string"][i]
-        if isinstance(want["rows"][i], str):  # the originals' program stops at an image without Detic boxes
+        if isinstance(want["rows"][i], str):  # the authors' program stops at an image without Detic boxes
             assert "ERROR" in want["rows"][i] and i not in detic
             continue
         assert [list(o) for o in regions.origins(i)] == want["rows"][i]
@@ -159,7 +159,7 @@ def test_sentence_of_one_class(case):
 
 @pytest.mark.parametrize("key", strings["per_image"])
 def test_sentences_of_an_image(key):
-    "Exact in order without aggregation; with it as sets, since the originals take the order from one."
+    "Exact in order without aggregation; with it as sets, since the authors' code takes the order from one."
     source,aggregation = key.split("/")
     regions = merged(f"train/{source}", "published")[0]
     for i,want in strings["per_image"][key].items():
@@ -332,7 +332,7 @@ def test_clip_tokens_of_captions(which):
         assert found.tolist() == want[:len(found)].tolist() and not want[len(found):].any()
         assert min(len(found), most) == tokens["cap_len"][row] == tokens["cap_attention_mask"][row].sum() and not tokens["cap_segment_ids"][row].any()
         cut = clip_tokens(tokenizer, [captions["captions"][number]], most, most - 2)[0]
-        assert len(cut) == tokens["cap_len"][row] and cut[-1] == tokenizer.eos_token_id  # ours keeps the end token where the originals cut it off
+        assert len(cut) == tokens["cap_len"][row] and cut[-1] == tokenizer.eos_token_id  # ours keeps the end token where the authors' code cuts it off
         compared += 1
     assert compared > 20
     for number in captions["errors"] if which != "learned" else (): assert len(clip_tokens(tokenizer, [captions["captions"][int(number)]], 77, most - 2)[0]) == 77  # an error there, cut here

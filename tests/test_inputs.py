@@ -1,4 +1,4 @@
-"ALADIN-2.0's inputs on the scenes: every configuration trains, evaluates and encodes; what is missing or does not fit is told."
+"ALADIN-2.0's inputs on the scenes: every configuration trains, evaluates and encodes; what is missing or does not fit is reported."
 import json
 import shutil
 

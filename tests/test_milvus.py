@@ -185,7 +185,7 @@ def test_compaction(server, scenes, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_kill_and_restart(server, tmp_path, capfd):
-    "A client that is kept open goes on after its server was killed in the midst of its inserts, and nothing acknowledged is lost."
+    "An open client resumes after its server was killed during its inserts, and no acknowledged insert is lost."
     store = SetStore(tmp_path/"images")
     engine, reader = MilvusEngine(store, server.uri, "killed", DIM, "m"), MilvusEngine(store, server.uri, "killed", DIM, "m")
     acknowledged, failures, enough, stop = {}, [], threading.Event(), threading.Event()

@@ -162,7 +162,7 @@ def test_killed_server_loses_nothing_acknowledged(tmp_path, monkeypatch):
         ids = list(acknowledged)
         assert [o[0][0] for o in again.search(torch.from_numpy(np.stack([acknowledged[i] for i in ids])), 1)] == ids
         store.read(list(again.find(ids).values()))
-        for name in store.names(): again.put(name)  # the client goes on
+        for name in store.names(): again.put(name)  # the client continues
         assert len(again) == len(given)
     finally: server.kill()
 

@@ -346,7 +346,7 @@ def read_objects(
 def picture_size(
     width, # a number, an array of one number, or anything else
     height, # likewise
-)->tuple|None: # width and height in pixels; None where one of them is no number
+)->tuple|None: # width and height in pixels; None where one of them is not a number
     "The size of a picture as two whole numbers."
     try: return tuple(int(np.asarray(side).reshape(-1)[0]) for side in (width, height))
     except (TypeError, ValueError, IndexError, OverflowError): return None

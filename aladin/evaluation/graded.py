@@ -41,7 +41,7 @@ def read_judged_pairs(
 )->pd.DataFrame: # image, caption: ids as text; relevance: float, 0 or more
     """Judged pairs of images and captions.
 
-    Raises `InputError` for a relevance that is no number of 0 or more, and for a pair that stands twice."""
+    Raises `InputError` for a relevance that is not a number of 0 or more, and for a pair that occurs twice."""
     as_json = Path(path).suffix == ".json"
     rows,seen,table = _json_rows(path) if as_json else read_csv_table(path, _COLUMNS),{},[]
     word = "entry" if as_json else "line"
