@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..files import describe_format, InputError, read_json
+from ..files import describe_format, InputError, need_package, read_json
 from .graded import graded_metrics, group_pairs, score_strips, strip_ranks
 from .similarity import caption_ids_of, read_csv_table
 
@@ -22,14 +22,9 @@ from .similarity import caption_ids_of, read_csv_table
 @cache
 def _truth():
     "The object of eccv_caption that holds all ground truth."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # it prefers another JSON package and says so
-            from eccv_caption import Metrics
-            return Metrics()
-    except ImportError:
-        expected,fix = "it, for ECCV Caption and CxC","pip install 'aladin[evaluation]'"
-        raise InputError("ECCV Caption", "package eccv_caption", expected, "not installed", fix) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # it prefers another JSON package and says so
+        return need_package("eccv_caption", "evaluation").Metrics()
 
 def coco_test_ids()->pd.DataFrame: # image, caption: COCO's ids as text, one row a caption
     """COCO's test images and captions, as the package eccv_caption lists them: the order of VSE++ and its successors.

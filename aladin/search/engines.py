@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..files import InputError, report
+from ..files import InputError, need_package, report
 from ..data.ragged import Ragged
 from .segments import Items, SetStore
 
@@ -81,15 +81,6 @@ def _batches(items):
 def _among(field, values):
     "Milvus's expression for a field that has one of these values, escaped as JSON."
     return f"{field} in {json.dumps(values, ensure_ascii=False)}"
-
-# %% ../../nbs/search/03_engines.ipynb #2f7e9a74
-def _milvus():
-    "The module pymilvus; raises `InputError` where it is not installed."
-    try: import pymilvus
-    except ImportError:
-        fix = "pip install 'aladin[search]', or build with the exact engine"
-        raise InputError("engine", "milvus", "the package pymilvus", "not installed", fix) from None
-    return pymilvus
 
 # %% ../../nbs/search/03_engines.ipynb #6fc3cb79
 _running,_level,_lock = 0,0,threading.Lock()
@@ -245,7 +236,7 @@ class MilvusEngine:
         self.dim = dim
         self.consistency = _consistency() # of searches
         self.approximate = approximate
-        pymilvus = _milvus()
+        pymilvus = need_package("pymilvus", "search")
         self.client = _Client(pymilvus, self.uri)
         if not self.client.has_collection(collection): self._create(pymilvus.DataType, fingerprint, approximate)
         properties = self.client.describe_collection(collection)["properties"]
