@@ -29,7 +29,8 @@ help: ## list the targets and variables
 	@echo "  JOBS=number      CPU cores to use (default: all)"
 	@echo "  THREADS=number   CPU threads of one run (default: 1)"
 	@echo "  VOCABULARY=file  a vocab.txt (default: the data's own, or one made from its captions)"
-	@echo "  PICTURES=folder  pictures for the attention figures (default: DATA)"
+	@echo "  PICTURES=folder  pictures for the attention figures and for ZERO_SHOT (default: DATA)"
+	@echo "  ZERO_SHOT='model ...'  folders of models with two towers, such as CLIP, that get a row without training"
 	@echo "  FORCE=1          redo what is already there"
 	@echo "  OUT=folder       where the results are written (default: results)"
 	@echo "Variable of all: PYTHON=command that makes .venv (default: python3). To start afresh: rm -rf .venv"
@@ -64,7 +65,7 @@ results: $(VENV)/.core ## train, evaluate and compare every configuration; write
 	@$(RUN) $(BIN)/aladin results --out "$(OUT)" --size $(SIZE) $(if $(DATA),--data "$(DATA)") $(if $(FEATURES),--features "$(FEATURES)") \
 	  $(if $(NAME),--name "$(NAME)") $(if $(SETTINGS),--settings "$(SETTINGS)") $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(foreach c,$(CONFIGURATION),--configuration "$(c)") $(if $(JOBS),--jobs $(JOBS)) $(if $(THREADS),--threads $(THREADS)) $(if $(VOCABULARY),--vocabulary "$(VOCABULARY)") \
-	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(FORCE),--force)
+	  $(if $(PICTURES),--pictures "$(PICTURES)") $(if $(ZERO_SHOT),--zero-shot $(ZERO_SHOT)) $(if $(FORCE),--force)
 
 reproduce: $(VENV)/.core ## compare the runs of OUT/NAME (default: results/scenes) with the published ones
 	@$(RUN) $(BIN)/aladin reproduce "$(OUT)/$(or $(NAME),scenes)"

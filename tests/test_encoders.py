@@ -111,6 +111,15 @@ def test_options_of_a_detector_need_one(photos, encoders, tmp_path, capsys):
     assert "--threshold --filter" in capsys.readouterr().err and not (tmp_path/"data").exists()
 
 
+def test_crops_need_an_encoder(photos, tmp_path, capsys):
+    "Stored vectors are not of pictures cut out, so --crops would be ignored."
+    (tmp_path/"stored").mkdir()
+    (tmp_path/"stored/store.json").touch()
+    words = ["--boxes", "p.tsv", "--encoder", tmp_path/"stored", "--crops"]
+    assert main(["extract", "--images", str(photos), "--out", str(tmp_path/"data"), *map(str, words)]) == 2
+    assert "--crops: expected an encoder" in capsys.readouterr().err and not (tmp_path/"data").exists()
+
+
 def test_damaged_maps(photos, tmp_path):
     "A picture on which an encoder fails is left out by name, as with a detector."
     class Weak:

@@ -81,11 +81,15 @@ def _vector_source(name, crops):
 
 def _region_source(options, given):
     "What finds the regions: a detector, an encoder, or encoders on the boxes of a detector or a file."
+    from aladin.files import InputError
     _check_region_options(options, given)
     boxes,encoder = given["boxes"],given["encoder"]
     detector = given["detector"] and _opened(given["detector"], **options)
     if not encoder: return detector
-    from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
+    from aladin.data.encoders import BoxRegions, GridRegions, is_data, Labels, StoredBoxes, open_encoder
+    if given["crops"] and all(is_data(e) for e in encoder):
+        expected,fix = "an encoder to run on the boxes","name one beside the data folders, or leave --crops out"
+        raise InputError("command line", "--crops", expected, "data folders alone", fix)
     if detector or boxes:
         return BoxRegions(detector or StoredBoxes(boxes), *(_vector_source(e, given["crops"]) for e in encoder))
     opened,labels = open_encoder(encoder[0]),given["labels"]
