@@ -162,11 +162,16 @@ def parser_of(
 # %% ../../nbs/cli/00_command.ipynb #b60a5f5f
 @contextmanager
 def quick_imports():
-    "Context for the import of large modules: without garbage collection, and transformers leaves scipy out."
-    leave_out = not {"scipy", "transformers"} & sys.modules.keys()
+    """Context for the first import of large modules, without garbage collection, and without scipy for transformers.
+
+    Does nothing in a process that has imported scipy or transformers."""
+    if {"scipy", "transformers"} & sys.modules.keys():
+        yield
+        return
     gc.disable()
-    if leave_out: sys.modules["scipy"] = None # the import system takes None for a package that is not installed
+    sys.modules["scipy"] = None # the import system takes None for a package that is not installed
     try: yield
     finally:
-        if leave_out: del sys.modules["scipy"]
+        del sys.modules["scipy"]
+        gc.freeze() # later collections skip the modules
         gc.enable()
