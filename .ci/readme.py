@@ -1,6 +1,7 @@
 """Write README.md from nbs/index.ipynb: nbdev's own command wants Quarto, this wants only nbconvert.
 
-Cells marked `echo: false` show tables of results/; they are run each time, so that neither the notebook nor the README can show older figures."""
+Cells marked `echo: false` show tables of results/; they are run each time, so that neither the notebook nor the README
+can show older figures."""
 import ast
 import os
 import sys
@@ -30,7 +31,8 @@ def with_tables(notebook):
     for cell in notebook.cells:
         if any("echo: false" in d for d in directives(cell)):
             shown = run(cell.source, names)
-            cell.outputs = [nbformat.v4.new_output("execute_result", {"text/markdown": shown.data, "text/plain": repr(type(shown).__name__)})]
+            cell.outputs = [nbformat.v4.new_output(
+                "execute_result", {"text/markdown": shown.data, "text/plain": repr(type(shown).__name__)})]
     return notebook
 
 
@@ -38,7 +40,8 @@ def readme(notebook):
     "The home notebook as Markdown: directives dropped, cells marked `echo: false` shown by their output alone."
     for cell in notebook.cells:
         hidden = any("echo: false" in d for d in directives(cell))
-        cell.source = "" if hidden else "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+        cell.source = "" if hidden else "\n".join(
+            line for line in cell.source.splitlines() if not line.startswith("#|"))
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = text.replace("```\n\n```\n", "").replace("```\nimport", "```python\nimport").replace("](../", "](")
     while "\n\n\n" in text: text = text.replace("\n\n\n", "\n\n")

@@ -1,8 +1,10 @@
 """Replace the published figures of a data set by those of a run: python .ci/reference.py results/scenes
 
-Copies what git keeps of the run (tables, figures, executed notebooks, records) to results/reference/<data set>, in place of the runs and tables
-that are there; files of other commands, such as search.md or batches.md, stay. From the scenes it also takes the model of `aladin demo`. Refuses uncommitted changes, and runs that were made with some:
-each published figure has a commit beside it that makes it again. Then run `make export`, which writes the tables of the README, and commit."""
+Copies what git keeps of the run (tables, figures, executed notebooks, records) to results/reference/<data set>, in
+place of the runs and tables that are there; files of other commands, such as search.md or batches.md, stay. From the
+scenes it also takes the model of `aladin demo`. Refuses uncommitted changes, and runs that were made with some: each
+published figure has a commit beside it that makes it again. Then run `make export`, which writes the tables of the
+README, and commit."""
 import argparse
 import shutil
 import subprocess
@@ -25,7 +27,8 @@ def git(*words, check=True):
 
 def published_files(folder, target):
     "Files of a run that git keeps under `target`, relative to `folder`."
-    files = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in KEPT and not p.name.endswith(LEFT_OUT)]
+    files = [p.relative_to(folder) for p in sorted(folder.rglob("*"))
+             if p.is_file() and p.suffix in KEPT and not p.name.endswith(LEFT_OUT)]
     files = [f for f in files if not any(part.startswith(".") for part in f.parts)]
     ignored = set(git("check-ignore", *[str(target/f) for f in files], check=False).splitlines()) if files else set()
     return [f for f in files if str(target/f) not in ignored]
@@ -34,13 +37,17 @@ def published_files(folder, target):
 def check_committed(folder):
     "Refuse uncommitted changes, now and when the runs were made."
     if changed := git("status", "--porcelain").splitlines():
-        raise InputError(root, "git", "no uncommitted changes", f"{len(changed)}, such as {changed[0].strip()}", "commit them and make the run again")
+        raise InputError(root, "git", "no uncommitted changes", f"{len(changed)}, such as {changed[0].strip()}",
+                         "commit them and make the run again")
     runs = sorted(folder.glob("*/seed-*/metrics.json"))
-    if not runs: raise InputError(folder, "folder", "runs with a metrics.json", "none", "name a folder that aladin results wrote, such as results/scenes")
+    if not runs:
+        raise InputError(folder, "folder", "runs with a metrics.json", "none",
+                         "name a folder that aladin results wrote, such as results/scenes")
     for path in runs:
         made = read_json(path)["made by"]
         if made["uncommitted_changes"] or not made["commit"]:
-            raise InputError(path, "made by", "a run of a commit", "a run with uncommitted changes, or outside git", "make the run again from a commit")
+            raise InputError(path, "made by", "a run of a commit", "a run with uncommitted changes, or outside git",
+                             "make the run again from a commit")
 
 
 def publish(folder):

@@ -1,4 +1,5 @@
-"""Write the lists of nbs/start.ipynb, the page that `make lab` opens: tutorials, experiments and modules with the summary of each."""
+"""Write the lists of nbs/start.ipynb, the page that `make lab` opens: tutorials, experiments and modules with the
+summary of each."""
 import re, sys
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import nbformat
 nbs = Path(__file__).resolve().parent.parent/"nbs"
 STEPS = ("prepare", "pretrain", "train", "evaluate", "attention", "report")
 TITLE = "# Start\n\n> Where to go from here"
-TEXT = """**[Explore](explore.ipynb)**: type a caption, see what each head finds and which region each word points at. Run all cells; without a trained model a small one is made first.
+TEXT = """**[Explore](explore.ipynb)**: type a caption, see what each head finds and which region each word points at. \
+Run all cells; without a trained model a small one is made first.
 
 ## Tutorials
 
@@ -17,16 +19,19 @@ One task each, from start to end.
 
 ## Experiments
 
-Papermill runs these, one for each step of the graph; `make results` runs the graph. Each can be opened and run by hand, its parameters in the first code cell.
+Papermill runs these, one for each step of the graph; `make results` runs the graph. Each can be opened and run by \
+hand, its parameters in the first code cell.
 
 {experiments}
 
 ## Modules
 
-Each notebook explains, exports, shows and tests one module of the package. `make export` writes the modules after an edit.
+Each notebook explains, exports, shows and tests one module of the package. `make export` writes the modules after an \
+edit.
 
 {modules}"""
-PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")  # in the order in which data flows through them
+# in the order in which data flows through them
+PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")
 
 
 def entry(path):
@@ -47,7 +52,8 @@ def modules():
 def source():
     "The text with its lists."
     steps = [*STEPS, *sorted(p.stem for p in (nbs/"experiments").glob("*.ipynb") if p.stem not in STEPS)]
-    lists = dict(tutorials=sorted((nbs/"tutorials").glob("*.ipynb")), experiments=[nbs/"experiments"/f"{n}.ipynb" for n in steps])
+    lists = dict(tutorials=sorted((nbs/"tutorials").glob("*.ipynb")),
+                 experiments=[nbs/"experiments"/f"{n}.ipynb" for n in steps])
     return TEXT.format(modules="\n".join(modules()), **{k: "\n".join(map(entry, v)) for k, v in lists.items()})
 
 

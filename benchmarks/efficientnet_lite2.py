@@ -36,7 +36,8 @@ def export(weights, path):
     network.load_state_dict(torch.load(weights, weights_only=True))
     names = ["pixels", "maps", "vectors"]
     torch.onnx.export(LastMap(network).eval(), torch.zeros(1, 3, SIDE, SIDE), str(path), dynamo=False,
-                      input_names=names[:1], output_names=names[1:], dynamic_axes={name: {0: "pictures"} for name in names})
+                      input_names=names[:1], output_names=names[1:],
+                      dynamic_axes={name: {0: "pictures"} for name in names})
 
 
 @cache

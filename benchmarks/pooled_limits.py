@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""What a data set's features allow at most: two-tower probes on pooled region and caption vectors, by text side and by number of training images.
+"""What a data set's features allow at most: two-tower probes on pooled region and caption vectors, by text side and by
+number of training images.
 
-A probe sees one vector an image (mean, maximum and largest region) and one a caption (words that occur, a sentence model's vector, or both). It learns no
-alignment, so what limits it are the vectors and the number of training images, not the network under study. Trained by InfoNCE, judged after the last step."""
+A probe sees one vector an image (mean, maximum and largest region) and one a caption (words that occur, a sentence
+model's vector, or both). It learns no alignment, so what limits it are the vectors and the number of training images,
+not the network under study. Trained by InfoNCE, judged after the last step."""
 import argparse, time
 from pathlib import Path
 
@@ -28,16 +30,21 @@ RECALLS = [(d, f"r{k}") for d in ("i2t", "t2i") for k in (1, 5, 10)]
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="prepared folder, such as results/flickr8k/data")
-    parser.add_argument("--text-model", required=True, help="folder of a sentence model whose vocabulary is the data's, such as models/all-MiniLM-L6-v2")
+    parser.add_argument("--text-model", required=True,
+                        help="folder of a sentence model whose vocabulary is the data's, such as "
+                             "models/all-MiniLM-L6-v2")
     parser.add_argument("--steps", type=int, default=500, help="training steps of each probe (default: 500)")
     parser.add_argument("--seed", type=int, default=88, help="of initialisation, order and dropout (default: 88)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for limits.json and limits.md, such as results/flickr8k")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="folder for limits.json and limits.md, such as results/flickr8k")
     return parser.parse_args()
 
 
 def pooled_regions(data):
     "Mean, maximum and largest region of each image: [images, 3*numbers of a region]."
-    def pool(regions): return np.concatenate([regions.mean(0), regions.max(0), regions[regions[:, -2:].prod(1).argmax()]])  # the last two: width and height
+    def pool(regions):
+        # the last two: width and height
+        return np.concatenate([regions.mean(0), regions.max(0), regions[regions[:, -2:].prod(1).argmax()]])
     return torch.from_numpy(np.stack([pool(np.asarray(data.regions.features(i), np.float32)) for i in data.image_ids]))
 
 
@@ -109,9 +116,11 @@ def standardise(splits):
 
 
 def measure(args):
-    processor, regions = AladinProcessor.from_pretrained(args.data, DataSettings(max_tokens=32)), open_regions(args.data/"regions")
+    processor, regions = (AladinProcessor.from_pretrained(args.data, DataSettings(max_tokens=32)),
+                          open_regions(args.data/"regions"))
     data = [open_split(args.data, s, processor, regions) for s in ("train", "minival", "test")]
-    images, caption_image = standardise([pooled_regions(o) for o in data]), [torch.from_numpy(o.caption_image) for o in data]
+    images, caption_image = (standardise([pooled_regions(o) for o in data]),
+                             [torch.from_numpy(o.caption_image) for o in data])
     words = [occurring_words(o, len(processor.tokenizer)) for o in data]
     seen = words[0].sum(0) >= 5
     model = AutoModel.from_pretrained(args.text_model, local_files_only=True).eval()
@@ -123,15 +132,19 @@ def measure(args):
         start, count = time.perf_counter(), int(share*len(images[0]))
         towers = probe(*first_images(*splits[0], count), args.steps, args.seed)
         seconds = time.perf_counter() - start
-        judged = [first_images(*splits[0], min(count, len(images[1]))), *splits[1:]]  # as many training images as minival has
-        rows.append(dict(text=text, training_images=count, seconds=round(seconds, 1)) | {n: judge(towers, *s) for n, s in zip(("train", "minival", "test"), judged)})
-        print(f"{text}, {count} images: {seconds:.0f} s, rsum {rows[-1]['train']['rsum']:.1f} train, {rows[-1]['minival']['rsum']:.1f} minival", flush=True)
+        # as many training images as minival has
+        judged = [first_images(*splits[0], min(count, len(images[1]))), *splits[1:]]
+        rows.append(dict(text=text, training_images=count, seconds=round(seconds, 1))
+                    | {n: judge(towers, *s) for n, s in zip(("train", "minival", "test"), judged)})
+        print(f"{text}, {count} images: {seconds:.0f} s, rsum {rows[-1]['train']['rsum']:.1f} train, "
+              f"{rows[-1]['minival']['rsum']:.1f} minival", flush=True)
     return rows
 
 
 def markdown(rows):
     def cells(m): return {f"{d} R@{k[1:]}": m[d][k] for d, k in RECALLS} | dict(rsum=m["rsum"])
-    table = pd.DataFrame([{"text side": r["text"], "training images": r["training_images"], "rsum, training images": r["train"]["rsum"], "rsum, minival": r["minival"]["rsum"]}
+    table = pd.DataFrame([{"text side": r["text"], "training images": r["training_images"],
+                           "rsum, training images": r["train"]["rsum"], "rsum, minival": r["minival"]["rsum"]}
                           | cells(r["test"]) for r in rows])
     return table.round(1).to_markdown(index=False, floatfmt=".1f", intfmt=",")
 
@@ -139,7 +152,9 @@ def markdown(rows):
 def main():
     args = parse_args()
     rows = measure(args)
-    write_json(args.out/"limits.json", dict(probes=rows, steps=args.steps, text_model=Path(args.text_model).name) | {"made by": provenance(args.seed)})
+    write_json(args.out/"limits.json",
+               dict(probes=rows, steps=args.steps, text_model=Path(args.text_model).name)
+               | {"made by": provenance(args.seed)})
     with atomic_write(args.out/"limits.md") as part: part.write_text(markdown(rows) + "\n", encoding="utf-8")
     print(markdown(rows))
 

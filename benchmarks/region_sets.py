@@ -35,7 +35,8 @@ WAYS = [(way, order) for order in ("reranked", "scanned") for way in ("t2i", "i2
 # What codecs keep of a model's recall
 
 def stored(folder, name, values, lengths, vectors):
-    "A store with one segment of these sets, the sets as they are read from it, and the seconds of learning and writing."
+    """A store with one segment of these sets, the sets as they are read from it, and the seconds of learning and
+    writing."""
     store, ids, start = SetStore(folder, sets=name), [str(i) for i in range(len(lengths))], time.perf_counter()
     if store.needs_training(): store.learn(values)
     learned = time.perf_counter()
@@ -111,30 +112,30 @@ def codecs_table(name, m):
     "The table of one data set as Markdown."
     base, at = m["codecs"][0], m["made by"]["machine"]
     keys = [f"{way} {order} R@{k}" for way, order in WAYS for k in (1, 10)]
-    lines = [f"## {name}: {m['images']:,} images with {m['regions']:.1f} regions of {m['dim']}, {m['captions']:,} captions",
-             "", f"Commit {(m['made by']['commit'] or '')[:9]}, {m['made by']['date']}, {at['processor']}, "
+    lines = [f"## {name}: {m['images']:,} images with {m['regions']:.1f} regions of {m['dim']}, "
+             f"{m['captions']:,} captions", "",
+             f"Commit {(m['made by']['commit'] or '')[:9]}, {m['made by']['date']}, {at['processor']}, "
              f"{at['threads']} thread. {m['note']}".rstrip(), "",
              "| codec | bytes of a vector | bytes of a picture | share | " + " | ".join(keys) +
              " | learning | 100 candidates |", "|---|" + "---:|"*(len(keys) + 5)]
     for row in m["codecs"]:
         figures = " | ".join(f"{kept(m, row, key):.1f} %" for key in keys)
         learning = f"{row['learn_seconds']:.0f} s" if row["codec_bytes"] else ""
-        lines.append(f"| {row['codec']} | {row['vector_bytes']} | {row['bytes']:,.0f} | 1/{base['bytes']/row['bytes']:.1f} | "
-                     f"{figures} | {learning} | {row['rerank_ms']:.1f} ms |")
+        lines.append(f"| {row['codec']} | {row['vector_bytes']} | {row['bytes']:,.0f} | "
+                     f"1/{base['bytes']/row['bytes']:.1f} | {figures} | {learning} | {row['rerank_ms']:.1f} ms |")
     recall = ", ".join(f"{key} {base[key]:.2f}" for key in keys)
-    return "\n".join([*lines, "", f"100 % are, in per cent: {recall}. One query more or less is {100/m['images']:.2f} of i2t and "
-                      f"{100/m['captions']:.2f} of t2i."]) + "\n"
+    return "\n".join([*lines, "", f"100 % are, in per cent: {recall}. One query more or less is "
+                                  f"{100/m['images']:.2f} of i2t and {100/m['captions']:.2f} of t2i."]) + "\n"
 
 
-INTRO = """# Codecs of region and token sets
-
-Made by `python benchmarks/search.py --codecs`. Kept are R@1 and R@10 of the alignment head, in per cent of those of float16: when the
-matching head's 100 candidates are ranked, and when all items are. From text to image the query is exact and the regions are coded; from image
-to text both are. Codecs are learned from the test images themselves, as `aladin index` learns them from the pictures that it is given.
-Bytes of a picture are those of its region set; its boxes, 16 bytes a region, and its matching vector come to these. The last column is the
-median time to read 100 candidates of a caption, mapped, and to score them in NumPy.
-
-"""
+INTRO = (
+    "# Codecs of region and token sets\n\n"
+    "Made by `python benchmarks/search.py --codecs`. Kept are R@1 and R@10 of the alignment head, in per cent of those "
+    "of float16: when the\nmatching head's 100 candidates are ranked, and when all items are. From text to image the "
+    "query is exact and the regions are coded; from image\nto text both are. Codecs are learned from the test images "
+    "themselves, as `aladin index` learns them from the pictures that it is given.\nBytes of a picture are those of "
+    "its region set; its boxes, 16 bytes a region, and its matching vector come to these. The last column is the\n"
+    "median time to read 100 candidates of a caption, mapped, and to score them in NumPy.\n\n")
 
 
 def codecs_text(found): return INTRO + "\n".join(codecs_table(*o) for o in found.items())
@@ -154,7 +155,8 @@ def plot_codecs(found):
                             color=colour, marker=marker, markersize=4, label=f"{label}, {kind}")
             for o in m["codecs"]:
                 if not o["codec"].startswith("pq"):
-                    ax.annotate(o["codec"], (o["bytes"], 1.0), xycoords=("data", "axes fraction"), rotation=60, fontsize=7)
+                    ax.annotate(o["codec"], (o["bytes"], 1.0), xycoords=("data", "axes fraction"), rotation=60,
+                                fontsize=7)
             ticks = [o["bytes"] for o in m["codecs"] if not o["codec"].startswith("pq")]
             ax.set(xscale="log", xlabel="bytes of a region set", ylabel=f"R@{k} kept, percent")
             ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks], fontsize=8)
@@ -162,7 +164,8 @@ def plot_codecs(found):
             ax.axhline(100, color="0.6", linewidth=.8)
             ax.spines[["top", "right"]].set_visible(False)
         line[0].set_title(name, loc="left", pad=24, fontsize=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center",
+                  ncols=4)
     plt.close(figure)
     return figure
 
@@ -273,34 +276,44 @@ def collection_text(found):
     "The table as Markdown, and what ten million pictures would need if everything but the first stage grows alike."
     rows = sorted(found.values(), key=lambda m: (m["sets"], m["pictures"]))
     lines = ["# Benchmark of a generated collection", "",
-             "Made by `python benchmarks/search.py --million`. Vectors and regions are drawn in clusters and written block by block; tags "
-             "are not stored. A query is a picture's vector and twelve of its regions, with noise; the 100 nearest vectors are found by the "
-             "engine with faiss and ranked by the sets. Encoding is the codec and the disk, without a model. Memory is the most that a process "
-             "had in use, mapped files included; searching includes importing torch. Times are of one thread; the first pass reads sets that "
+             "Made by `python benchmarks/search.py --million`. Vectors and regions are drawn in clusters and written "
+             "block by block; tags are not stored. A query is a picture's vector and twelve of its regions, with "
+             "noise; the 100 nearest vectors are found by the engine with faiss and ranked by the sets. Encoding is "
+             "the codec and the disk, without a model. Memory is the most that a process had in use, mapped files "
+             "included; searching includes importing torch. Times are of one thread; the first pass reads sets that "
              "are in the page cache only as far as building left them there.", "",
-             "| pictures | sets | generate | encode, write | codes of faiss | sets on disk | vectors | boxes | codes | memory to write | to make codes | to search "
-             "| open | query, first pass | second pass, 99th percentile | candidates alone | right one among 100 | first |", "|---:|---|" + "---:|"*16]
+             "| pictures | sets | generate | encode, write | codes of faiss | sets on disk | vectors | boxes | codes "
+             "| memory to write | to make codes | to search | open | query, first pass "
+             "| second pass, 99th percentile | candidates alone | right one among 100 | first |",
+             "|---:|---|" + "---:|"*16]
     def gb(b): return f"{b/1e9:.2f} GB"
     for m in rows:
         s, d = m["seconds"], m["disk"]
-        lines.append(f"| {m['pictures']:,} | {m['sets']} | {s['generate']:.0f} s | {s['learn'] + s['write']:.0f} s | {m['codes_seconds']:.0f} s | {gb(d['sets'])} | {gb(d['vectors'])} | "
-                     f"{gb(d['boxes'])} | {gb(d['codes'])} | {gb(m['write_memory'])} | {gb(m['build_memory'])} | {gb(m['memory'])} | {m['open_seconds']:.1f} s | "
-                     f"{m['first_pass']['median_ms']:.1f} ms | {m['second_pass']['median_ms']:.1f} ms, {m['second_pass']['p99_ms']:.1f} ms | {m['first_stage']['median_ms']:.1f} ms | "
-                     f"{m['right_candidates']:.1f} % | {m['right_first']:.1f} % |")
+        lines.append(f"| {m['pictures']:,} | {m['sets']} | {s['generate']:.0f} s | {s['learn'] + s['write']:.0f} s | "
+                     f"{m['codes_seconds']:.0f} s | {gb(d['sets'])} | {gb(d['vectors'])} | {gb(d['boxes'])} | "
+                     f"{gb(d['codes'])} | {gb(m['write_memory'])} | {gb(m['build_memory'])} | {gb(m['memory'])} | "
+                     f"{m['open_seconds']:.1f} s | {m['first_pass']['median_ms']:.1f} ms | "
+                     f"{m['second_pass']['median_ms']:.1f} ms, {m['second_pass']['p99_ms']:.1f} ms | "
+                     f"{m['first_stage']['median_ms']:.1f} ms | {m['right_candidates']:.1f} % | "
+                     f"{m['right_first']:.1f} % |")
     lines += [""] + [extrapolated(m) for m in rows[-1:]] + [""]
     for m in rows:
         at = m["made by"]["machine"]
-        lines.append(f"- {m['pictures']:,} pictures, {m['sets']}: {m['regions']} regions of {m['dim']}, {m['queries']} queries, commit {(m['made by']['commit'] or '')[:9]}, {m['made by']['date']}, {at['processor']}. {m['note']}".rstrip())
+        lines.append(f"- {m['pictures']:,} pictures, {m['sets']}: {m['regions']} regions of {m['dim']}, "
+                     f"{m['queries']} queries, commit {(m['made by']['commit'] or '')[:9]}, {m['made by']['date']}, "
+                     f"{at['processor']}. {m['note']}".rstrip())
     return "\n".join(lines) + "\n"
 
 
 def extrapolated(m, pictures=10_000_000):
     "A sentence on ten million pictures."
     n, d, s = pictures/m["pictures"], m["disk"], m["seconds"]
-    return (f"Extrapolated, not measured: {pictures:,} pictures with {m['sets']}, by {n:g} times the bytes and seconds of {m['pictures']:,}, take "
-            f"{n*d['sets']/1e9:.0f} GB of sets ({n*m['pictures']*m['regions']*m['dim']*2/1e9:.0f} GB in float16), {n*d['vectors']/1e9:.0f} GB of vectors, "
-            f"{n*d['boxes']/1e9:.0f} GB of boxes, {n*d['codes']/1e9:.0f} GB of codes, and {n*(s['learn'] + s['write'])/3600:.1f} h to encode and write. "
-            "Ranking candidates does not depend on the number of pictures once their sets are in memory; finding them does.")
+    return (f"Extrapolated, not measured: {pictures:,} pictures with {m['sets']}, by {n:g} times the bytes and seconds "
+            f"of {m['pictures']:,}, take {n*d['sets']/1e9:.0f} GB of sets "
+            f"({n*m['pictures']*m['regions']*m['dim']*2/1e9:.0f} GB in float16), {n*d['vectors']/1e9:.0f} GB of "
+            f"vectors, {n*d['boxes']/1e9:.0f} GB of boxes, {n*d['codes']/1e9:.0f} GB of codes, and "
+            f"{n*(s['learn'] + s['write'])/3600:.1f} h to encode and write. Ranking candidates does not depend on the "
+            "number of pictures once their sets are in memory; finding them does.")
 
 
 def collection(args):

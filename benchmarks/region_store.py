@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measure the RegionStore on a folder of one's own: seconds to convert it, and a random read against decoding the TSV row."""
+"""Measure the RegionStore on a folder of one's own: seconds to convert it, and a random read against decoding the TSV
+row."""
 import argparse, json, os, platform, tempfile, time
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from aladin.data.regions import TsvRegions, convert_regions
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with features.tsv, features.lineidx, imageid2idx.json, predictions.tsv")
+    parser.add_argument("--data", type=Path, required=True,
+                        help="folder with features.tsv, features.lineidx, imageid2idx.json, predictions.tsv")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="number format of the store")
     parser.add_argument("--reads", type=int, default=2000, help="random images to read, from each of the two")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    parser.add_argument("--scratch", type=Path, help="folder for the store while it is measured (default: the system's temporary folder)")
+    parser.add_argument("--scratch", type=Path,
+                        help="folder for the store while it is measured (default: the system's temporary folder)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()
 
@@ -46,24 +49,32 @@ def measure(args):
         seconds = time.perf_counter() - start
         sources = [TsvRegions(args.data), store]
         ids = np.random.default_rng(args.seed).choice(store.ids, args.reads).tolist()
-        for o in ids[:50]: np.testing.assert_array_equal(store.features(o), sources[0].features(o).astype(args.dtype).astype(np.float32))
+        for o in ids[:50]:
+            np.testing.assert_array_equal(
+                store.features(o), sources[0].features(o).astype(args.dtype).astype(np.float32))
         tsv, mapped = (median_seconds(o.features, ids) for o in sources)
         tsv_fill, mapped_fill = (median_seconds(filler(o, ids), ids) for o in sources)
-        return dict(images=len(store), dim=store.dim, dtype=args.dtype, store_bytes=sum(store.info["files"].values()), conversion_seconds=seconds,
+        return dict(images=len(store), dim=store.dim, dtype=args.dtype,
+                    store_bytes=sum(store.info["files"].values()), conversion_seconds=seconds,
                     tsv_read_seconds=tsv, store_read_seconds=mapped, ratio=tsv/mapped,
                     tsv_fill_seconds=tsv_fill, store_fill_seconds=mapped_fill, fill_ratio=tsv_fill/mapped_fill,
-                    reads=args.reads, python=platform.python_version(), numpy=np.__version__, machine=platform.machine(), cpus=os.cpu_count())
+                    reads=args.reads, python=platform.python_version(), numpy=np.__version__,
+                    machine=platform.machine(), cpus=os.cpu_count())
 
 
 def main():
     args = parse_args()
     m = measure(args)
     if args.json: return print(json.dumps(m, indent=1))
-    rows = [("images", f"{m['images']:,}"), ("numbers a region", m["dim"]), ("store", f"{m['store_bytes']/1e6:.0f} MB, {m['dtype']}"),
+    rows = [("images", f"{m['images']:,}"),
+            ("numbers a region", m["dim"]),
+            ("store", f"{m['store_bytes']/1e6:.0f} MB, {m['dtype']}"),
             ("conversion", f"{m['conversion_seconds']:.1f} s"),
-            ("read, TSV row", f"{m['tsv_read_seconds']*1e6:.1f} us"), ("read, store", f"{m['store_read_seconds']*1e6:.2f} us ({m['ratio']:.0f} times faster)"),
+            ("read, TSV row", f"{m['tsv_read_seconds']*1e6:.1f} us"),
+            ("read, store", f"{m['store_read_seconds']*1e6:.2f} us ({m['ratio']:.0f} times faster)"),
             ("read + copy into a batch, TSV row", f"{m['tsv_fill_seconds']*1e6:.1f} us"),
-            ("read + copy into a batch, store", f"{m['store_fill_seconds']*1e6:.2f} us ({m['fill_ratio']:.0f} times faster)")]
+            ("read + copy into a batch, store",
+             f"{m['store_fill_seconds']*1e6:.2f} us ({m['fill_ratio']:.0f} times faster)")]
     for name, value in rows: print(f"{name:<36}{value}")
 
 

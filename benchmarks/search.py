@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""An index of as many pictures as COCO has: build time, size and query time of each engine, recall of the approximate one, and what re-ranking costs.
+"""An index of as many pictures as COCO has: build time, size and query time of each engine, recall of the approximate
+one, and what re-ranking costs.
 
-The vectors are random but clustered, as pictures are: a cluster's members share a direction, and queries are drawn as they are. Region sets are random;
-time and size do not depend on what they hold. Writes search_benchmark.json and search_benchmark.md.
+The vectors are random but clustered, as pictures are: a cluster's members share a direction, and queries are drawn as
+they are. Region sets are random; time and size do not depend on what they hold. Writes search_benchmark.json and
+search_benchmark.md.
 
-With --embedded: the engine with faiss beside exact search and other libraries, each in a process of its own, for its memory. Vectors are written
-as they are drawn, so that a million of them need no more memory than a block. Results are added to embedded_benchmark.json, by size, and
-embedded_benchmark.md is written from it. `make bench` does not run this.
+With --embedded: the engine with faiss beside exact search and other libraries, each in a process of its own, for its
+memory. Vectors are written as they are drawn, so that a million of them need no more memory than a block. Results are
+added to embedded_benchmark.json, by size, and embedded_benchmark.md is written from it. `make bench` does not run this.
 
-With --milvus ADDRESS: collections at a Milvus server that runs there, made for the measurement and dropped after it: recall of exact search, and time by
-consistency level. Results are added to milvus_benchmark.json, by size, and milvus_benchmark.md is written from it.
+With --milvus ADDRESS: collections at a Milvus server that runs there, made for the measurement and dropped after it:
+recall of exact search, and time by consistency level. Results are added to milvus_benchmark.json, by size, and
+milvus_benchmark.md is written from it.
 
 With --codecs and with --million: see region_sets.py."""
 import argparse
@@ -40,22 +43,33 @@ def parse_args():
     parser.add_argument("--dim", type=int, help="width of the vectors (default: 768, BERT's; with --million 256)")
     parser.add_argument("--clusters", type=int, default=2000)
     parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--regions", type=int, default=36, help="regions of a picture, for re-ranking (default: 36, VinVL's mean on COCO)")
-    parser.add_argument("--stored", type=int, default=10_000, help="pictures whose region sets are written, for re-ranking")
+    parser.add_argument("--regions", type=int, default=36,
+                        help="regions of a picture, for re-ranking (default: 36, VinVL's mean on COCO)")
+    parser.add_argument("--stored", type=int, default=10_000,
+                        help="pictures whose region sets are written, for re-ranking")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--embedded", action="store_true", help="measure the engine with faiss and other libraries instead")
-    parser.add_argument("--milvus", metavar="ADDRESS", help="measure a Milvus server instead, such as http://localhost:19530")
-    parser.add_argument("--build-threads", type=int, default=2, help="threads for building, with --embedded (default: 2)")
-    parser.add_argument("--peers", action="store_true", help="with --embedded: also graphs of faiss, hnswlib and usearch, where they are installed")
-    parser.add_argument("--codecs", action="store_true", help="measure what codecs of region sets keep of a model's recall instead; see region_sets.py")
+    parser.add_argument("--embedded", action="store_true",
+                        help="measure the engine with faiss and other libraries instead")
+    parser.add_argument("--milvus", metavar="ADDRESS",
+                        help="measure a Milvus server instead, such as http://localhost:19530")
+    parser.add_argument("--build-threads", type=int, default=2,
+                        help="threads for building, with --embedded (default: 2)")
+    parser.add_argument("--peers", action="store_true",
+                        help="with --embedded: also graphs of faiss, hnswlib and usearch, where they are installed")
+    parser.add_argument("--codecs", action="store_true",
+                        help="measure what codecs of region sets keep of a model's recall instead; see region_sets.py")
     parser.add_argument("--model", type=Path, help="with --codecs: folder of a trained model")
     parser.add_argument("--data", type=Path, help="with --codecs: its data folder")
     parser.add_argument("--name", help="with --codecs: name of the data in the table (default: the data folder's)")
-    parser.add_argument("--million", action="store_true", help="build and search a generated collection with region sets instead; --pictures is a million then, --dim 256")
+    parser.add_argument("--million", action="store_true",
+                        help="build and search a generated collection with region sets instead; --pictures is a "
+                             "million then, --dim 256")
     parser.add_argument("--sets", default="opq64", help="with --million: codec of the region sets (default: opq64)")
-    parser.add_argument("--note", default="", help="a sentence on the machine for the table, such as what else ran on it")
+    parser.add_argument("--note", default="",
+                        help="a sentence on the machine for the table, such as what else ran on it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="folder for the index while it is measured (default: the system's temporary folder)")
+    parser.add_argument("--scratch", type=Path,
+                        help="folder for the index while it is measured (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, default=Path("results"))
     args = parser.parse_args()
     if args.codecs and not (args.model and args.data): parser.error("--codecs needs --model and --data")
@@ -78,8 +92,10 @@ def clustered(rng, count, centres, spread=.8):
 
 def write_vectors(store, vectors, batch=8192):
     "Segments without region sets."
-    return [store.write(dict(ids=(ids := [f"{i:012d}" for i in range(at, min(at + batch, len(vectors)))]), owners=ids, source=""), vectors=vectors[at:at+batch],
-                        sets=np.zeros((0, vectors.shape[1]), np.float16), offsets=np.zeros(len(ids) + 1, np.int64)) for at in range(0, len(vectors), batch)]
+    return [store.write(
+        dict(ids=(ids := [f"{i:012d}" for i in range(at, min(at + batch, len(vectors)))]), owners=ids, source=""),
+        vectors=vectors[at:at+batch], sets=np.zeros((0, vectors.shape[1]), np.float16),
+        offsets=np.zeros(len(ids) + 1, np.int64)) for at in range(0, len(vectors), batch)]
 
 
 def query_times(search, queries):
@@ -130,12 +146,16 @@ def rerank_times(rng, args, folder, words=12, k=100):
     n, names = args.regions, []
     for at in range(0, args.stored, 1000):
         ids = [str(i) for i in range(at, min(at + 1000, args.stored))]
-        names += [(store.write(dict(ids=ids, owners=ids, source=""), vectors=np.zeros((len(ids), args.dim), np.float32), sets=unit(rng, len(ids)*n, args.dim).astype(np.float16), offsets=np.arange(len(ids) + 1)*n), len(ids))]
+        names += [(store.write(dict(ids=ids, owners=ids, source=""),
+                               vectors=np.zeros((len(ids), args.dim), np.float32),
+                               sets=unit(rng, len(ids)*n, args.dim).astype(np.float16),
+                               offsets=np.arange(len(ids) + 1)*n), len(ids))]
     places = [(name, row) for name, count in names for row in range(count)]
     caption = Ragged(torch.from_numpy(unit(rng, words, args.dim)), torch.tensor([words]))
     def rerank(chosen): return alignment_scores(store.read([places[i] for i in chosen]), caption, "MrSw", "always")
     times, _ = query_times(rerank, [rng.choice(len(places), k, replace=False) for _ in range(args.queries)])
-    return dict(pictures=len(places), regions=n, candidates=k, bytes_per_picture=folder_bytes(folder)/len(places)) | times
+    return dict(pictures=len(places), regions=n, candidates=k,
+                bytes_per_picture=folder_bytes(folder)/len(places)) | times
 
 
 def measure(args):
@@ -153,12 +173,19 @@ def measure(args):
         engines = [("exact, in memory", lambda: ExactEngine(store), lambda: folder_bytes(folder/"images"))]
         for name, approximate in (("Milvus Lite, every vector", False), ("Milvus Lite, HNSW graph", True)):
             path = folder/f"{approximate}.db"
-            engines.append((name, lambda path=path, approximate=approximate: MilvusEngine(store, path, "bench", args.dim, "bench", approximate), lambda path=path: folder_bytes(path)))
+            engines.append((
+                name,
+                lambda path=path, approximate=approximate: MilvusEngine(
+                    store, path, "bench", args.dim, "bench", approximate),
+                lambda path=path: folder_bytes(path)))
         for name, make, size in engines:
             row, found = measure_engine(name, make, segments, queries, size)
             answers.append(found)
-            rows.append(row | {f"recall_at_{k}": 100*float(np.mean([len(set(a[:k]) & set(b[:k]))/k for a, b in zip(answers[0], found)])) for k in (10, 100)})
-        return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, write_seconds=written, engines=rows, rerank=rerank_times(rng, args, folder/"sets"))
+            rows.append(row | {
+                f"recall_at_{k}": 100*float(np.mean([len(set(a[:k]) & set(b[:k]))/k
+                                                     for a, b in zip(answers[0], found)])) for k in (10, 100)})
+        return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries,
+                    write_seconds=written, engines=rows, rerank=rerank_times(rng, args, folder/"sets"))
 
 
 def size_text(b): return f"{b/1e9:.2f} GB" if b >= 1e9 else f"{b/1e6:.0f} MB"
@@ -167,12 +194,22 @@ def size_text(b): return f"{b/1e9:.2f} GB" if b >= 1e9 else f"{b/1e6:.0f} MB"
 def markdown(m, made):
     r, at = m["rerank"], made["machine"]
     lines = ["# Benchmark of the search engines", "",
-             f"Made by `python benchmarks/search.py` at commit {(made['commit'] or '')[:9]} on {made['date']}: {at['processor']}, {at['threads']} thread{'s' if at['threads'] > 1 else ''}, torch {made['versions']['torch']}.", "",
-             f"{m['pictures']:,} vectors of {m['dim']}, random in {m['clusters']:,} clusters; {m['queries']} queries, one at a time, 100 answers each. Writing the segments took {m['write_seconds']:.0f} s. "
-             "Building is what an engine does after that, until it is closed; opening is the first answer after that, without starting Python. Recall is of the exact engine's answers.", "",
-             "| engine | build | on disk | open | median query | 99th percentile | recall@10 | recall@100 |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {o['engine']} | {o['build_seconds']:.1f} s | {size_text(o['bytes'])} | {o['open_seconds']:.1f} s | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % |" for o in m["engines"]]
-    return "\n".join(lines + ["", f"Re-ranking {r['candidates']} candidates of {r['pictures']:,} pictures with {r['regions']} regions each, float16, mapped and in the page cache: median {r['median_ms']:.1f} ms, 99th percentile {r['p99_ms']:.1f} ms; {r['bytes_per_picture']:,.0f} bytes a picture."]) + "\n"
+             f"Made by `python benchmarks/search.py` at commit {(made['commit'] or '')[:9]} on {made['date']}: "
+             f"{at['processor']}, {at['threads']} thread{'s' if at['threads'] > 1 else ''}, "
+             f"torch {made['versions']['torch']}.", "",
+             f"{m['pictures']:,} vectors of {m['dim']}, random in {m['clusters']:,} clusters; {m['queries']} queries, "
+             f"one at a time, 100 answers each. Writing the segments took {m['write_seconds']:.0f} s. "
+             "Building is what an engine does after that, until it is closed; opening is the first answer after that, "
+             "without starting Python. Recall is of the exact engine's answers.", "",
+             "| engine | build | on disk | open | median query | 99th percentile | recall@10 | recall@100 |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {o['engine']} | {o['build_seconds']:.1f} s | {size_text(o['bytes'])} | {o['open_seconds']:.1f} s | "
+              f"{o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | "
+              f"{o['recall_at_100']:.1f} % |" for o in m["engines"]]
+    return "\n".join(lines + ["", f"Re-ranking {r['candidates']} candidates of {r['pictures']:,} pictures with "
+                                  f"{r['regions']} regions each, float16, mapped and in the page cache: median "
+                                  f"{r['median_ms']:.1f} ms, 99th percentile {r['p99_ms']:.1f} ms; "
+                                  f"{r['bytes_per_picture']:,.0f} bytes a picture."]) + "\n"
 
 
 # The engine with faiss, and other libraries on the same vectors
@@ -194,7 +231,8 @@ def draw(args, folder):
     for at in tqdm(range(0, args.pictures, 8192), desc="vectors"):
         block = clustered(rng, min(8192, args.pictures - at), centres)
         ids = [f"{i:012d}" for i in range(at, at + len(block))]
-        store.write(dict(ids=ids, owners=ids, source=""), vectors=block, sets=np.zeros((0, args.dim), np.float16), offsets=np.zeros(len(ids) + 1, np.int64))
+        store.write(dict(ids=ids, owners=ids, source=""), vectors=block, sets=np.zeros((0, args.dim), np.float16),
+                    offsets=np.zeros(len(ids) + 1, np.int64))
         best, rows = nearest_so_far(best, rows, queries @ block.T, at)
     return queries, rows
 
@@ -239,7 +277,8 @@ def ask_engine(make, folder, queries):
 
 def recalls(found, best_first):
     "Recall of the 10 and of the 100 nearest, in per cent."
-    return {f"recall_at_{k}": 100*float(np.mean([len(set(a[:k]) & set(b[:k].tolist()))/k for a, b in zip(found, best_first)])) for k in (10, 100)}
+    return {f"recall_at_{k}": 100*float(np.mean([len(set(a[:k]) & set(b[:k].tolist()))/k
+                                                 for a, b in zip(found, best_first)])) for k in (10, 100)}
 
 
 def faiss_graph(vectors, threads, m, construction):
@@ -250,7 +289,8 @@ def faiss_graph(vectors, threads, m, construction):
     index.train(vectors[:20_000])
     index.add(vectors)
     faiss.omp_set_num_threads(1)
-    return lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersHNSW(efSearch=width))[1][0], len(faiss.serialize_index(index))
+    return (lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersHNSW(efSearch=width))[1][0],
+            len(faiss.serialize_index(index)))
 
 
 def faiss_lists(vectors, threads, lists):
@@ -260,7 +300,8 @@ def faiss_lists(vectors, threads, lists):
     index.train(vectors[:40*lists])
     index.add(vectors)
     faiss.omp_set_num_threads(1)
-    return lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersIVF(nprobe=width//4))[1][0], len(faiss.serialize_index(index))
+    return (lambda q, width: index.search(q[None], 100, params=faiss.SearchParametersIVF(nprobe=width//4))[1][0],
+            len(faiss.serialize_index(index)))
 
 
 def hnswlib_graph(vectors, threads, m, construction):
@@ -284,8 +325,12 @@ def usearch_graph(vectors, threads, m, construction, dtype):
     return search, index.serialized_length
 
 
-PEERS = {"faiss HNSW32, 8 bits": (faiss_graph, 32, 80), "faiss HNSW48, 8 bits": (faiss_graph, 48, 80), "faiss IVF1024, 8 bits": (faiss_lists, 1024),
-         "hnswlib, M 32, float32": (hnswlib_graph, 32, 100), "usearch, M 32, float16": (usearch_graph, 32, 100, "f16"), "usearch, M 32, 8 bits": (usearch_graph, 32, 100, "i8")}
+PEERS = {"faiss HNSW32, 8 bits": (faiss_graph, 32, 80),
+         "faiss HNSW48, 8 bits": (faiss_graph, 48, 80),
+         "faiss IVF1024, 8 bits": (faiss_lists, 1024),
+         "hnswlib, M 32, float32": (hnswlib_graph, 32, 100),
+         "usearch, M 32, float16": (usearch_graph, 32, 100, "f16"),
+         "usearch, M 32, 8 bits": (usearch_graph, 32, 100, "i8")}
 
 
 def measure_peer(folder, queries, rows, threads, make, *how):
@@ -308,15 +353,20 @@ def measure_embedded(args):
         order = exact_order(folder, queries, nearest)
         if args.pictures <= 200_000:
             row, found = in_process(ask_engine, ExactEngine, folder, queries)
-            rows.append(dict(engine="exact, in memory", build_seconds=0, bytes=folder_bytes(folder/"images")) | row | recalls(found, order))
+            rows.append(dict(engine="exact, in memory", build_seconds=0, bytes=folder_bytes(folder/"images"))
+                        | row | recalls(found, order))
         built, about = in_process(build_faiss, folder, args.build_threads)
         row, found = in_process(ask_engine, FaissEngine, folder, queries)
         size = folder_bytes(folder/"images.faiss")
-        rows.append(dict(engine="faiss, this package", bytes=size) | built | row | recalls(found, order) | {k: about[k] for k in ("pool", "probes", "recall")})
+        rows.append(dict(engine="faiss, this package", bytes=size) | built | row | recalls(found, order)
+                    | {k: about[k] for k in ("pool", "probes", "recall")})
         for name, (make, *how) in PEERS.items() if args.peers else ():
-            try: rows.append(dict(engine=name) | in_process(measure_peer, folder, queries, order, args.build_threads, make, *how))
+            try:
+                rows.append(dict(engine=name) | in_process(measure_peer, folder, queries, order, args.build_threads,
+                                                           make, *how))
             except ImportError as e: print(f"{name}: {e}")
-    return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, build_threads=args.build_threads, note=args.note, engines=rows)
+    return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries,
+                build_threads=args.build_threads, note=args.note, engines=rows)
 
 
 def exact_order(folder, queries, nearest):
@@ -335,7 +385,8 @@ def heading(m, rest, took=""):
     "The title of one size and a line on where and when it was measured."
     made, at = m["made by"], m["made by"]["machine"]
     return [f"## {m['pictures']:,} vectors of {m['dim']}, {m['clusters']:,} clusters", "",
-            f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}{took}: {at['processor']}, {rest}. {m['note']}".rstrip(), ""]
+            f"Made at commit {(made['commit'] or '')[:9]} on {made['date']}{took}: {at['processor']}, {rest}. "
+            f"{m['note']}".rstrip(), ""]
 
 
 def publish(args, stem, key, m, text):
@@ -351,36 +402,46 @@ def publish(args, stem, key, m, text):
 def embedded_text(m):
     libraries = ", ".join(f"{k} {v}" for k, v in m["libraries"].items())
     lines = heading(m, f"{m['build_threads']} threads to build, one to ask, {m['queries']} queries; {libraries}")
-    lines += ["| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile | recall@10 | recall@100 |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += ["| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile "
+              "| recall@10 | recall@100 |",
+              "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     def size(row, key): return size_text(row[key]) if key in row else ""
     for o in m["engines"]:
         opened = f"{o['open_seconds']:.1f} s" if "open_seconds" in o else ""
         name = o["engine"] + (f", width {o['width']}" if "width" in o else "")
-        lines.append(f"| {name} | {o['build_seconds']:.0f} s | {size(o, 'bytes')} | {size(o, 'build_memory')} | {size(o, 'memory')} | {opened} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % |")
+        lines.append(f"| {name} | {o['build_seconds']:.0f} s | {size(o, 'bytes')} | {size(o, 'build_memory')} | "
+                     f"{size(o, 'memory')} | {opened} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | "
+                     f"{o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % |")
     return "\n".join(lines) + "\n"
 
 
 def embedded(args):
     "Measure one size and write it beside the others."
     start, m = time.perf_counter(), measure_embedded(args)
-    libraries = {name: importlib.metadata.version(name) for name in ("faiss-cpu", "hnswlib", "usearch") if name == "faiss-cpu" or args.peers}
+    libraries = {name: importlib.metadata.version(name) for name in ("faiss-cpu", "hnswlib", "usearch")
+                 if name == "faiss-cpu" or args.peers}
     m |= dict(libraries=libraries, seconds=round(time.perf_counter() - start, 1))
-    intro = ("# Benchmark of embedded search\n\nMade by `python benchmarks/search.py --embedded`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
-             "the exact answers. Memory is the most that a process had in use, mapped files included; it includes importing torch, and for other libraries the vectors that they are given. "
-             "Graphs and lists are searched at the smallest width of 200, 400, 800 and 1,600 (lists: a quarter of it) that finds 98 %, or at 1,600.\n\n")
+    intro = ("# Benchmark of embedded search\n\n"
+             "Made by `python benchmarks/search.py --embedded`. Vectors are random in clusters. Queries are asked one "
+             "at a time, 100 answers each; recall is of the exact answers. Memory is the most that a process had in "
+             "use, mapped files included; it includes importing torch, and for other libraries the vectors that they "
+             "are given. Graphs and lists are searched at the smallest width of 200, 400, 800 and 1,600 (lists: a "
+             "quarter of it) that finds 98 %, or at 1,600.\n\n")
     def text(found): return intro + "\n".join(embedded_text(o) for o in found.values())
     publish(args, "embedded_benchmark", f"{args.pictures} vectors, {args.clusters} clusters", m, text)
 
 
 # A Milvus server
 
-MODES = {"every vector": (False, None), "--approximate": (True, None), "a graph whatever the size": (True, 1)} # approximate, GRAPH
+# approximate, GRAPH
+MODES = {"every vector": (False, None), "--approximate": (True, None), "a graph whatever the size": (True, 1)}
 
 
 def measure_collection(args, store, segments, queries, name):
     "Fill a collection, ask it, and drop it."
     approximate, graph = MODES[name]
-    engine = MilvusEngine(store, args.milvus, f"aladin_bench_{uuid.uuid4().hex[:12]}", queries.shape[1], "bench", approximate)
+    engine = MilvusEngine(store, args.milvus, f"aladin_bench_{uuid.uuid4().hex[:12]}", queries.shape[1], "bench",
+                          approximate)
     usual = engines.GRAPH
     try:
         start = time.perf_counter()
@@ -414,26 +475,36 @@ def measure_milvus(args):
             found = row.pop("found")
             same = 100*float(np.mean([set(a) == set(b.tolist()) for a, b in zip(found, order)]))
             rows.append(row | recalls(found, order) | dict(same=same))
-        return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, server=version, note=args.note, engines=rows, levels=levels)
+        return dict(pictures=args.pictures, dim=args.dim, clusters=args.clusters, queries=args.queries, server=version,
+                    note=args.note, engines=rows, levels=levels)
 
 
 def milvus_text(m):
     rest = f"{m['queries']} queries; Milvus {m['server']} on the same machine, pymilvus {m['pymilvus']}"
     lines = heading(m, rest, f", in {m['seconds']:.0f} s")
-    lines += ["| collection | index | build | median query | 99th percentile | recall@10 | recall@100 | same 100 |", "|---|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {o['engine']} | {o['index']} | {o['build_seconds']:.0f} s | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % | {o['same']:.0f} % |" for o in m["engines"]]
-    lines += ["", "| consistency of the search, every vector | queries | median query | 99th percentile |", "|---|---:|---:|---:|"]
-    return "\n".join(lines + [f"| {o['level']} | {o['queries']} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms |" for o in m["levels"]]) + "\n"
+    lines += ["| collection | index | build | median query | 99th percentile | recall@10 | recall@100 | same 100 |",
+              "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {o['engine']} | {o['index']} | {o['build_seconds']:.0f} s | {o['median_ms']:.1f} ms | "
+              f"{o['p99_ms']:.1f} ms | {o['recall_at_10']:.1f} % | {o['recall_at_100']:.1f} % | {o['same']:.0f} % |"
+              for o in m["engines"]]
+    lines += ["", "| consistency of the search, every vector | queries | median query | 99th percentile |",
+              "|---|---:|---:|---:|"]
+    return "\n".join(lines + [f"| {o['level']} | {o['queries']} | {o['median_ms']:.1f} ms | {o['p99_ms']:.1f} ms |"
+                              for o in m["levels"]]) + "\n"
 
 
 def milvus(args):
     "Measure one size and write it beside the others."
     start, m = time.perf_counter(), measure_milvus(args)
     m |= dict(pymilvus=importlib.metadata.version("pymilvus"), seconds=round(time.perf_counter() - start, 1))
-    intro = ("# Benchmark of search at a Milvus server\n\nMade by `python benchmarks/search.py --milvus ADDRESS`. Vectors are random in clusters. Queries are asked one at a time, 100 answers each; recall is of "
-             "the exact answers, and *same 100* is the share of queries that find all of them, so that re-ranking gives the same answers. Building is inserting, sealing and indexing. With `--approximate` a "
-             f"collection has a graph (HNSW) from {engines.GRAPH:,} vectors on; the last row makes it in any case.\n\n")
-    def text(found): return intro + "\n".join(milvus_text(o) for o in sorted(found.values(), key=lambda o: o["pictures"]))
+    intro = ("# Benchmark of search at a Milvus server\n\n"
+             "Made by `python benchmarks/search.py --milvus ADDRESS`. Vectors are random in clusters. Queries are "
+             "asked one at a time, 100 answers each; recall is of the exact answers, and *same 100* is the share of "
+             "queries that find all of them, so that re-ranking gives the same answers. Building is inserting, sealing "
+             f"and indexing. With `--approximate` a collection has a graph (HNSW) from {engines.GRAPH:,} vectors on; "
+             "the last row makes it in any case.\n\n")
+    def text(found):
+        return intro + "\n".join(milvus_text(o) for o in sorted(found.values(), key=lambda o: o["pictures"]))
     publish(args, "milvus_benchmark", f"{args.pictures} vectors, {args.clusters} clusters", m, text)
 
 
@@ -447,7 +518,8 @@ def main():
     start = time.perf_counter()
     m = measure(args)
     made = provenance(args.seed)
-    write_json(args.out/"search_benchmark.json", m | {"seconds": round(time.perf_counter() - start, 1), "made by": made})
+    write_json(args.out/"search_benchmark.json",
+               m | {"seconds": round(time.perf_counter() - start, 1), "made by": made})
     text = markdown(m, made)
     with atomic_write(args.out/"search_benchmark.md") as part: part.write_text(text, encoding="utf-8")
     print(text)

@@ -9,13 +9,15 @@ EMPTY = inspect.Parameter.empty
 def escape(text):
     "Plain text for a Markdown table; what stands in backticks stays code."
     parts = re.split(r"(`[^`]*`)", " ".join(str(text).split()))
-    return "".join(p.replace("|", "\\|") if p.startswith("`") else re.sub(r"([\\*_<>\[\]|$~])", r"\\\1", p) for p in parts)
+    return "".join(p.replace("|", "\\|") if p.startswith("`") else re.sub(r"([\\*_<>\[\]|$~])", r"\\\1", p)
+                   for p in parts)
 
 
 def type_name(annotation):
     "An annotation as its author would write it."
     if annotation in (EMPTY, None): return ""
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "").replace("torch.", "")
+    return (annotation.__name__ if isinstance(annotation, type)
+            else str(annotation).replace("typing.", "").replace("torch.", ""))
 
 
 def code(text): return f"`{text}`".replace("|", "\\|") if text else ""
@@ -46,18 +48,25 @@ def table(symbol):
     for name, about in documented(symbol).items():
         back = name == "return"
         if back and not about["docment"] and about["anno"] in (EMPTY, None): continue
-        default = "" if back or about["default"] is EMPTY else code(about["default"] if inspect.isclass(about["default"]) else repr(about["default"]))
-        rows.append(f"| {'**returns**' if back else code(name)} | {code(type_name(about['anno']))} | {default} | {escape(about['docment'] or '')} |")
+        default = ("" if back or about["default"] is EMPTY
+                   else code(about["default"] if inspect.isclass(about["default"]) else repr(about["default"])))
+        rows.append(f"| {'**returns**' if back else code(name)} | {code(type_name(about['anno']))} | {default} | "
+                    f"{escape(about['docment'] or '')} |")
     return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n\n" if rows else ""
 
 
-def text(symbol): return "\n\n".join(escape(p) for p in re.split(r"\n\s*\n", inspect.getdoc(symbol) or "")) if "__doc__" in dir(symbol) else ""
+def text(symbol):
+    return ("\n\n".join(escape(p) for p in re.split(r"\n\s*\n", inspect.getdoc(symbol) or ""))
+            if "__doc__" in dir(symbol) else "")
 
 
 def methods(cls):
-    "Public methods and properties that the class's own cell defines and describes; those patched in later have their own entries."
+    """Public methods and properties that the class's own cell defines and describes; those patched in later have
+    their own entries."""
     for node in ast.parse(inspect.getsource(cls)).body[0].body:
-        if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node) or node.name.startswith("_") and node.name != "__getitem__": continue
+        if (not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node)
+                or node.name.startswith("_") and node.name != "__getitem__"):
+            continue
         value = vars(cls)[node.name]
         yield node.name, getattr(value, "__func__", getattr(value, "fget", value))
 
@@ -71,9 +80,11 @@ class Api:
 
     def entry(self, symbol, name, level, property=False):
         call = name if property else signature(symbol, name)
-        return f"{'#'*level} `{name}`\n\n```python\n{'class ' if inspect.isclass(symbol) else ''}{call}\n```\n\n{text(symbol)}\n\n{table(symbol)}"
+        return (f"{'#'*level} `{name}`\n\n```python\n{'class ' if inspect.isclass(symbol) else ''}{call}\n```\n\n"
+                f"{text(symbol)}\n\n{table(symbol)}")
 
     def markdown(self):
         own = self.entry(self.symbol, self.name, 2, self.is_property)
         if not inspect.isclass(self.symbol): return own
-        return own + "".join(self.entry(m, f"{self.name}.{n}", 3, isinstance(vars(self.symbol)[n], property)) for n, m in methods(self.symbol))
+        return own + "".join(self.entry(m, f"{self.name}.{n}", 3, isinstance(vars(self.symbol)[n], property))
+                             for n, m in methods(self.symbol))

@@ -1,7 +1,8 @@
 """The docs site from the notebooks, the results, the manifests and docs/pages: `make docs`.
 
-Pages are staged as Markdown and notebooks with their stored outputs (the tests run every notebook from top to bottom), then Sphinx builds them;
-any warning, such as a link to nowhere, ends the build. `--execute` runs the notebooks first and shows what they put out now."""
+Pages are staged as Markdown and notebooks with their stored outputs (the tests run every notebook from top to bottom),
+then Sphinx builds them; any warning, such as a link to nowhere, ends the build. `--execute` runs the notebooks first
+and shows what they put out now."""
 import argparse, json, re, shutil, tempfile
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from results import markdown_table, toctree
 docs = Path(__file__).resolve().parent
 TUTORIALS = sorted((nbs/"tutorials").glob("*.ipynb"))
 STEPS = ("prepare", "pretrain", "train", "evaluate", "attention", "report")
-EXPERIMENTS = [nbs/"experiments"/f"{n}.ipynb" for n in STEPS] + [p for p in sorted((nbs/"experiments").glob("*.ipynb")) if p.stem not in STEPS]
+EXPERIMENTS = ([nbs/"experiments"/f"{n}.ipynb" for n in STEPS]
+               + [p for p in sorted((nbs/"experiments").glob("*.ipynb")) if p.stem not in STEPS])
 
 
 def staged(path):
@@ -31,7 +33,8 @@ def staged(path):
     if re.fullmatch(r"results(/[\w.-]+)?", name): return f"{name}/index.md"
     if name == "data_manifests": return "reference/manifests.md"
     if name == "nbs/tutorials": return "tutorials/index.md"
-    if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"): return f"reference/{page.name}"
+    if (page := docs/"pages"/name.removeprefix("docs/pages/")).is_file() and name.startswith("docs/pages/"):
+        return f"reference/{page.name}"
     path = root/name
     if path in MODULES.values(): return module_page(path)
     if path in TUTORIALS or path in EXPERIMENTS or path == nbs/"explore.ipynb": return path.relative_to(nbs).as_posix()
@@ -39,14 +42,15 @@ def staged(path):
 
 def section(out, title, about, pages, lines):
     "The index page of a section."
-    (out/"index.md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n\n" + toctree(*pages), encoding="utf-8")
+    (out/"index.md").write_text(
+        f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n\n" + toctree(*pages), encoding="utf-8")
 
 
 def listing(path, target): return "- [{}]({}): {}".format(heading(path)[0], target, heading(path)[1])
 
 
-PACKAGE_TITLES = {"": "Basics", "data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "search": "Search",
-                  "runs": "Runs", "view": "Figures and explorer", "cli": "Command line"}
+PACKAGE_TITLES = {"": "Basics", "data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation",
+                  "search": "Search", "runs": "Runs", "view": "Figures and explorer", "cli": "Command line"}
 
 
 def stage_modules(stage):
@@ -60,12 +64,16 @@ def stage_modules(stage):
         if not package:
             top_lines, tops = lines, [p.stem for p in own.values()]
             continue
-        section(stage/"modules"/package, PACKAGE_TITLES[package], f"The modules of `aladin.{package}`.", [p.stem for p in own.values()], lines)
+        section(stage/"modules"/package, PACKAGE_TITLES[package], f"The modules of `aladin.{package}`.",
+                [p.stem for p in own.values()], lines)
         tops.append(f"{package}/index")
-    about = ("Each notebook explains, exports, shows and tests one module. Packages are listed in the order in which data flows through them; a package "
-             "imports only packages above it. Each page has the notebook's text, its examples with their output, and the parameters of every public function "
-             "and class; the source is folded below each.")
-    packages = [f"- [{PACKAGE_TITLES[p]}]({p}/index.md): " + ", ".join(f"[{m.split('.')[1]}]({q.relative_to(nbs).as_posix()})" for m, q in MODULES.items() if q.parent == nbs/p)
+    about = ("Each notebook explains, exports, shows and tests one module. Packages are listed in the order in which "
+             "data flows through them; a package imports only packages above it. Each page has the notebook's text, "
+             "its examples with their output, and the parameters of every public function and class; the source is "
+             "folded below each.")
+    packages = [f"- [{PACKAGE_TITLES[p]}]({p}/index.md): "
+                + ", ".join(f"[{m.split('.')[1]}]({q.relative_to(nbs).as_posix()})"
+                            for m, q in MODULES.items() if q.parent == nbs/p)
                 for p in PACKAGES if p]
     section(stage/"modules", "Modules", about, tops, [*top_lines, "", *packages])
 
@@ -76,29 +84,42 @@ def stage_notebooks(stage):
     for path in [*TUTORIALS, *EXPERIMENTS]: page(path, stage/path.parent.name/path.name, "../", staged)
     page(nbs/"index.ipynb", stage/"guide.ipynb", "", staged, "Guide")
     if (nbs/"explore.ipynb").exists(): page(nbs/"explore.ipynb", stage/"explore.ipynb", "", staged)
-    if TUTORIALS: section(stage/"tutorials", "Tutorials", "One task each, from start to end.", [p.stem for p in TUTORIALS], [listing(p, p.name) for p in TUTORIALS])
-    section(stage/"experiments", "Experiments", "The notebooks that papermill runs, one for each step of the graph, and the settings they are given.", [*[p.stem for p in EXPERIMENTS], "configurations"],
-            [f"- [{heading(p)[0]}]({p.name})" for p in EXPERIMENTS] + ["- [Configurations and settings](configurations.md)"])
+    if TUTORIALS:
+        section(stage/"tutorials", "Tutorials", "One task each, from start to end.", [p.stem for p in TUTORIALS],
+                [listing(p, p.name) for p in TUTORIALS])
+    section(stage/"experiments", "Experiments",
+            "The notebooks that papermill runs, one for each step of the graph, and the settings they are given.",
+            [*[p.stem for p in EXPERIMENTS], "configurations"],
+            [f"- [{heading(p)[0]}]({p.name})" for p in EXPERIMENTS]
+            + ["- [Configurations and settings](configurations.md)"])
     (stage/"experiments"/"configurations.md").write_text(configurations(), encoding="utf-8")
 
 
 def configurations():
     "Every YAML file of the experiments, as it is."
-    parts = ["# Configurations and settings\n", "A configuration states what it changes of the authors' values; settings say how a data set scales all of them.\n"]
+    parts = ["# Configurations and settings\n",
+             "A configuration states what it changes of the authors' values; settings say how a data set scales all "
+             "of them.\n"]
     for kind in ("configurations", "settings"):
         parts.append(f"## {kind.capitalize()}\n")
-        for path in sorted((nbs/"experiments"/kind).glob("*.yaml")): parts.append(f"### {path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
+        for path in sorted((nbs/"experiments"/kind).glob("*.yaml")):
+            parts.append(f"### {path.stem}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
     return "\n".join(parts)
 
 
 def manifests():
     "What each data set and checkpoint consists of."
-    parts = ["# Manifests\n", "What each data set and checkpoint consists of, where it is had and under which licence. `aladin fetch NAME --out FOLDER` fetches, `aladin verify NAME FOLDER` checks.\n"]
+    parts = ["# Manifests\n",
+             "What each data set and checkpoint consists of, where it is had and under which licence. "
+             "`aladin fetch NAME --out FOLDER` fetches, `aladin verify NAME FOLDER` checks.\n"]
     for name in list_manifests():
         m = load_manifest(name)
-        rows = [[f"`{f.path}`", f"{f.size:,}" if f.size else "", f"`{(f.sha256 or f.md5)[:16]}…`" if f.sha256 or f.md5 else "", f.note or ""] for f in m.files]
-        told = {"kind": m.kind, "licence": m.licence, "cite": m.citation, "homepage": f"<{m.homepage}>" if m.homepage.startswith("http") else m.homepage}
-        parts += [f"## {name}\n", f"{m.title}.\n" if not m.title.endswith(".") else m.title + "\n", *[f"- {k}: {v}" for k, v in told.items()], "", f"{m.note}\n" if m.note else "",
+        rows = [[f"`{f.path}`", f"{f.size:,}" if f.size else "",
+                 f"`{(f.sha256 or f.md5)[:16]}…`" if f.sha256 or f.md5 else "", f.note or ""] for f in m.files]
+        told = {"kind": m.kind, "licence": m.licence, "cite": m.citation,
+                "homepage": f"<{m.homepage}>" if m.homepage.startswith("http") else m.homepage}
+        parts += [f"## {name}\n", f"{m.title}.\n" if not m.title.endswith(".") else m.title + "\n",
+                  *[f"- {k}: {v}" for k, v in told.items()], "", f"{m.note}\n" if m.note else "",
                   markdown_table(["file", "bytes", "digest", "what it holds"], rows)]
     return "\n".join(parts)
 
@@ -109,9 +130,15 @@ def stage_reference(stage):
     out.mkdir()
     (out/"manifests.md").write_text(manifests(), encoding="utf-8")
     pages = [p for p in sorted((docs/"pages").glob("*.md")) if p.stem != "home"]
-    for path in pages: (out/path.name).write_text(link_names(fix_links(path.read_text(encoding="utf-8"), path, "../", staged), "../"), encoding="utf-8")
-    section(out, "Reference", "How to search, evaluate, train and run at any scale; what the files look like and where they come from; how the package differs from the authors' code and from others.", ["manifests", *[p.stem for p in pages]],
-            ["- [Manifests](manifests.md): what each data set and checkpoint consists of", *[listing(p, p.name) for p in pages]])
+    for path in pages:
+        (out/path.name).write_text(
+            link_names(fix_links(path.read_text(encoding="utf-8"), path, "../", staged), "../"), encoding="utf-8")
+    section(out, "Reference",
+            "How to search, evaluate, train and run at any scale; what the files look like and where they come from; "
+            "how the package differs from the authors' code and from others.",
+            ["manifests", *[p.stem for p in pages]],
+            ["- [Manifests](manifests.md): what each data set and checkpoint consists of",
+             *[listing(p, p.name) for p in pages]])
 
 
 def between(text, start, end):
@@ -124,20 +151,30 @@ def stage_home(stage):
     cells = [c.source for c in nbformat.read(nbs/"index.ipynb", 4).cells]
     shown = read_json(docs/"pairs.json")
     table = (root/"results"/"reference"/"scenes"/"table.md").read_text(encoding="utf-8").split("\n\n")[0]
-    pages = {"tutorials/index": "one task each, from start to end", "guide": "the README", "explore": "the explorer in JupyterLab", "modules/index": "each part of the package, explained, with its API",
-             "experiments/index": "the notebooks that papermill runs, and their settings", "results/index": "tables, figures and attention pages of every run", "reference/index": "search, evaluation, training, runs, speed, file formats, differences from the authors' code, glossary"}
+    pages = {"tutorials/index": "one task each, from start to end",
+             "guide": "the README",
+             "explore": "the explorer in JupyterLab",
+             "modules/index": "each part of the package, explained, with its API",
+             "experiments/index": "the notebooks that papermill runs, and their settings",
+             "results/index": "tables, figures and attention pages of every run",
+             "reference/index": "search, evaluation, training, runs, speed, file formats, differences from the "
+                                "authors' code, glossary"}
     if not TUTORIALS: del pages["tutorials/index"]
-    fill = dict(title=cells[0], intro=cells[1].partition("\n\n")[0].strip(), first=between(cells[1], "## The first minute", "## Two commands"),
+    fill = dict(title=cells[0], intro=cells[1].partition("\n\n")[0].strip(),
+                first=between(cells[1], "## The first minute", "## Two commands"),
                 commands=between(cells[1], "## Two commands", "## Search your own"), table=table,
-                made=f"The run: seed {shown['made by']['seed']}, commit `{shown['made by']['commit'][:9]}`.", seeds="means ± standard deviations over the seeds" if "±" in table else "one seed",
+                made=f"The run: seed {shown['made by']['seed']}, commit `{shown['made by']['commit'][:9]}`.",
+                seeds="means ± standard deviations over the seeds" if "±" in table else "one seed",
                 sections="\n".join(f"- {{doc}}`{page}`: {about}" for page, about in pages.items()))
     text = (docs/"pages"/"home.md").read_text(encoding="utf-8")
     for name, value in fill.items(): text = text.replace(f"{{{{{name}}}}}", value)
-    (stage/"index.md").write_text(link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
+    (stage/"index.md").write_text(
+        link_names(fix_links(text, docs/"pages"/"home.md", "", staged), "") + "\n" + toctree(*pages), encoding="utf-8")
     view = (root/"aladin"/"search"/"pair.js").read_text(encoding="utf-8")
     files = stage/"_static"
     files.mkdir()
-    (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")  # one plain script, so that the page works from a folder too
+    # one plain script, so that the page works from a folder too
+    (files/"pairs.js").write_text(f"const pairs = {json.dumps(shown['pairs'])};\n{view}", encoding="utf-8")
     shutil.copy(root/"aladin"/"search"/"pair.css", files/"pair.css")
 
 
@@ -159,7 +196,10 @@ def build(out):
         stage.mkdir()
         stage_all(stage)
         site = Path(folder)/"site"  # myst-nb writes beside it
-        if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q", "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"), str(stage), str(site)]): raise SystemExit(code)
+        if code := build_main(["-W", "-D", f"html_static_path={docs/'static'},{stage/'_static'}", "--keep-going", "-q",
+                               "-b", "html", "-c", str(docs), "-d", str(Path(folder)/"doctrees"),
+                               str(stage), str(site)]):
+            raise SystemExit(code)
         with atomic_dir(out, overwrite=True) as part: shutil.copytree(site, part, dirs_exist_ok=True)
 
 

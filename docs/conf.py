@@ -23,9 +23,13 @@ html_js_files = ["aladin.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = dict(
-    logo=dict(text="aladin"), show_nav_level=1, navigation_depth=3, collapse_navigation=True, show_toc_level=1, back_to_top_button=False,
-    header_links_before_dropdown=7, navbar_align="left", navbar_persistent=[], navbar_end=["search-button", "theme-switcher"],
-    secondary_sidebar_items={p: ["page-toc"] for p in ("guide", "modules/*", "modules/*/*", "tutorials/*", "experiments/*", "reference/*")}, footer_start=["copyright"], footer_end=[], pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark")
+    logo=dict(text="aladin"), show_nav_level=1, navigation_depth=3, collapse_navigation=True, show_toc_level=1,
+    back_to_top_button=False, header_links_before_dropdown=7, navbar_align="left", navbar_persistent=[],
+    navbar_end=["search-button", "theme-switcher"],
+    secondary_sidebar_items={p: ["page-toc"] for p in (
+        "guide", "modules/*", "modules/*/*", "tutorials/*", "experiments/*", "reference/*")},
+    footer_start=["copyright"], footer_end=[],
+    pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark")
 html_sidebars = {"index": [], "guide": [], "explore": []}
 copybutton_exclude = ".linenos, .gp, .go"
 

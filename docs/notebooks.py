@@ -1,4 +1,5 @@
-"Notebooks as pages: exported cells become API entries with their source folded below, directives become what Sphinx understands."
+"""Notebooks as pages: exported cells become API entries with their source folded below, directives become what Sphinx
+understands."""
 import ast, importlib, operator, re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from api import Api
 root = Path(__file__).resolve().parent.parent
 nbs = root/"nbs"
 PICTURES = {}  # name on the site -> file of the checkout, of the pictures that pages show
-PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")  # in the order in which data flows through them
+# in the order in which data flows through them
+PACKAGES = ("", "data", "model", "training", "evaluation", "search", "runs", "view", "cli")
 
 
 def exported(path):
@@ -19,7 +21,8 @@ def exported(path):
     return found and found[1]
 
 
-MODULES = {m: p for package in PACKAGES for p in sorted((nbs/package).glob("*.ipynb")) if (m := exported(p))}  # module -> notebook
+# module -> notebook
+MODULES = {m: p for package in PACKAGES for p in sorted((nbs/package).glob("*.ipynb")) if (m := exported(p))}
 
 
 def module_page(path): return f"modules/{path.relative_to(nbs).as_posix()}"
@@ -32,8 +35,10 @@ def symbols():
         module = module.removeprefix("aladin.")
         for name in names:
             name = name.split(f"{module}.", 1)[1]
-            if module in MODULES and not any(part.startswith("_") for part in name.split(".")): found.setdefault(name, []).append(module)
-    return {name: f"{module_page(MODULES[m[0]])}#{name.lower().replace('.', '')}" for name, m in found.items() if len(m) == 1}
+            if module in MODULES and not any(part.startswith("_") for part in name.split(".")):
+                found.setdefault(name, []).append(module)
+    return {name: f"{module_page(MODULES[m[0]])}#{name.lower().replace('.', '')}"
+            for name, m in found.items() if len(m) == 1}
 
 
 SYMBOLS = symbols()
@@ -51,7 +56,8 @@ def link_names(text, up):
 
 
 def fix_links(text, source, up, staged):
-    "Links to files of the checkout lead to the page that shows them; where none does, the words stay and the link goes. Pictures come along."
+    """Links to files of the checkout lead to the page that shows them; where none does, the words stay and the link
+    goes. Pictures come along."""
     def one(match):
         image, label, target = match.groups()
         if re.match(r"\w+:|#", target): return match[0]
@@ -92,10 +98,14 @@ def code_cell(cell, told, source, path, markdown):
     for o in outputs:
         if "text/markdown" in o.get("data", {}): o.data["text/markdown"] = markdown(o.data["text/markdown"])
     new = nbformat.v4.new_code_cell(source, outputs=outputs)
-    folded = "export" in told or "exporti" in told or has_figure(cell) and source.count("\n") > 5  # how a figure was drawn is for those who ask
-    new.metadata["tags"] = [tag for tag, on in {"hide-input": folded, "remove-input": told.get("echo") == "false"}.items() if on]
+    # how a figure was drawn is for those who ask
+    folded = "export" in told or "exporti" in told or has_figure(cell) and source.count("\n") > 5
+    new.metadata["tags"] = [
+        tag for tag, on in {"hide-input": folded, "remove-input": told.get("echo") == "false"}.items() if on]
     if has_figure(cell):
-        if not told.get("fig-alt"): raise SystemExit(f"{path}: a figure without `#| fig-alt: ...`, which describes it for those who cannot see it. Its cell: {source[:80]!r}")
+        if not told.get("fig-alt"):
+            raise SystemExit(f"{path}: a figure without `#| fig-alt: ...`, which describes it for those who cannot "
+                             f"see it. Its cell: {source[:80]!r}")
         new.metadata["mystnb"] = dict(image=dict(alt=told["fig-alt"].strip('"')))
     return new
 
@@ -106,18 +116,22 @@ def cells(notebook, path, module, markdown):
         told, source = directives(cell.source)
         if cell.cell_type == "markdown": yield nbformat.v4.new_markdown_cell(markdown(cell.source))
         elif cell.cell_type == "code" and source and "hide" not in told:
-            for name in defined(source) if module and "export" in told else (): yield nbformat.v4.new_markdown_cell(Api(operator.attrgetter(name)(module)).markdown())
+            for name in defined(source) if module and "export" in told else ():
+                yield nbformat.v4.new_markdown_cell(Api(operator.attrgetter(name)(module)).markdown())
             yield code_cell(cell, told, source, path, markdown)
 
 
 def page(path, target, up, staged, title=None):
-    "One notebook as a page at `target`; `up` leads from its folder to the top of the site; `title` stands in for its own."
+    """One notebook as a page at `target`; `up` leads from its folder to the top of the site; `title` stands in for
+    its own."""
     name = next((m for m, p in MODULES.items() if p == path), None)
     markdown = lambda text: link_names(fix_links(text, path, up, staged), up)
-    made = list(cells(nbformat.read(path, 4), path.relative_to(root), name and importlib.import_module(f"aladin.{name}"), markdown))
+    made = list(cells(nbformat.read(path, 4), path.relative_to(root),
+                      name and importlib.import_module(f"aladin.{name}"), markdown))
     if title: made[0].source = re.sub(r"^# .*", f"# {title}", made[0].source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))), target)
+    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=dict(
+        kernelspec=dict(name="python3", display_name="Python 3", language="python"))), target)
 
 
 def heading(path):

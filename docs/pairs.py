@@ -1,6 +1,8 @@
-"""The pairs that the home page shows, from a trained run: python docs/pairs.py results/scenes/alad-alignment-and-matching-distill/seed-88
+"""The pairs that the home page shows, from a trained run:
+python docs/pairs.py results/scenes/alad-alignment-and-matching-distill/seed-88
 
-Captions of the test set at even distance, of those that are short and whose picture the alignment head ranks first; written to docs/pairs.json with where the model comes from."""
+Captions of the test set at even distance, of those that are short and whose picture the alignment head ranks first;
+written to docs/pairs.json with where the model comes from."""
 import argparse
 from pathlib import Path
 
@@ -19,5 +21,6 @@ for image, text in (short[len(short)*i//40] for i in range(40)):
     if answer["image"] != image: continue
     found.append(dict(caption=text, image=image, picture=answer["pictures"][image], **answer["pair"]))
     if len(found) == count: break
-write_json(Path(__file__).parent/"pairs.json", dict(pairs=found, **{"made by": read_json(run/"training.json")["made by"]}))
+write_json(Path(__file__).parent/"pairs.json",
+           dict(pairs=found, **{"made by": read_json(run/"training.json")["made by"]}))
 print(*(f"{p['image']}  {p['score']:.2f}  {p['caption']}" for p in found), sep="\n")

@@ -1,4 +1,5 @@
-"Result pages from results/reference/: they read the same files that the tables and figures were written to, so they cannot disagree."
+"""Result pages from results/reference/: they read the same files that the tables and figures were written to, so they
+cannot disagree."""
 import base64, csv, re, shutil
 
 import nbformat
@@ -16,7 +17,9 @@ def toctree(*pages, hidden=True):
     return "\n".join(["```{toctree}", ":maxdepth: 1", *[":hidden:"]*hidden, "", *pages, "```", ""])
 
 
-def figure(name, alt, width=""): return f"```{{image}} {name}\n:alt: {' '.join(alt.split())}\n" + (f":width: {width}\n" if width else "") + "```\n"
+def figure(name, alt, width=""):
+    return (f"```{{image}} {name}\n:alt: {' '.join(alt.split())}\n" + (f":width: {width}\n" if width else "")
+            + "```\n")
 
 
 def markdown_table(head, rows):
@@ -28,14 +31,16 @@ def markdown_table(head, rows):
 def provenance(made):
     "Where, when and with what a run was made."
     machine, versions = made["machine"], ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-    return (f"Commit `{made['commit'][:9]}`{' with uncommitted changes' if made['uncommitted_changes'] else ''}, seed {made['seed']}, {made['date']}; {machine['processor']}, "
-            f"{machine['cores']} cores, {machine['threads']} threads, {machine['accelerator'] or 'no accelerator'}; {versions}.")
+    return (f"Commit `{made['commit'][:9]}`{' with uncommitted changes' if made['uncommitted_changes'] else ''}, "
+            f"seed {made['seed']}, {made['date']}; {machine['processor']}, {machine['cores']} cores, "
+            f"{machine['threads']} threads, {machine['accelerator'] or 'no accelerator'}; {versions}.")
 
 
 def runs_of(folder):
     "Configuration -> its runs that have metrics, by seed."
     found = {}
-    for path in sorted(folder.glob("*/seed-*/metrics.json")): found.setdefault(path.parent.parent.name, []).append(path.parent)
+    for path in sorted(folder.glob("*/seed-*/metrics.json")):
+        found.setdefault(path.parent.parent.name, []).append(path.parent)
     return found
 
 
@@ -45,7 +50,8 @@ def seeds_table(runs):
     for run in runs:
         m = read_json(run/"metrics.json")
         for head, h in m["heads"].items():
-            rows.append([m["seed"], head, *[f"{h[way][f'r{k}']:.1f}" for way in ("i2t", "t2i") for k in (1, 5, 10)], f"{h['rsum']:.1f}", f"{m['train_seconds']:.0f}"])
+            rows.append([m["seed"], head, *[f"{h[way][f'r{k}']:.1f}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
+                         f"{h['rsum']:.1f}", f"{m['train_seconds']:.0f}"])
     return markdown_table(["seed", "head", *WAYS, "rsum", "train seconds"], rows)
 
 
@@ -59,9 +65,11 @@ def attention_page(run, target, name):
             file = target.with_name(f"{target.stem}-{number}.png")
             file.write_bytes(base64.b64decode(output.data["image/png"]))
             said = next((p for p in reversed(parts) if not p.startswith("```")), "")
-            parts.append(figure(file.name, f"The caption above its words: for each word the picture with the region it points at. {said}"))
+            parts.append(figure(file.name, "The caption above its words: for each word the picture with the region it "
+                                           f"points at. {said}"))
     about = notebook.cells[0].source.partition("\n")[2].strip()
-    target.write_text(f"# Attention, {run.name.replace('-', ' ')}\n\n`{name}`. {about}\n\n" + "\n\n".join(parts) + f"\n\n{provenance(read_json(run/'metrics.json')['made by'])}\n", encoding="utf-8")
+    target.write_text(f"# Attention, {run.name.replace('-', ' ')}\n\n`{name}`. {about}\n\n" + "\n\n".join(parts)
+                      + f"\n\n{provenance(read_json(run/'metrics.json')['made by'])}\n", encoding="utf-8")
 
 
 def run_page(name, runs, out):
@@ -72,14 +80,17 @@ def run_page(name, runs, out):
         text.append(f"## {run.name.replace('-', ' ').capitalize()}\n")
         if (run/"curves.png").exists():
             shutil.copy(run/"curves.png", out/f"{run.name}-curves.png")
-            text.append(figure(f"{run.name}-curves.png", f"Training curves of {name}, {run.name}: loss over the steps on the left, rsum on minival of each head on the right"))
+            text.append(figure(f"{run.name}-curves.png", f"Training curves of {name}, {run.name}: loss over the steps "
+                                                         "on the left, rsum on minival of each head on the right"))
         if (run/"attention.ipynb").exists():
             pages.append(f"{run.name}-attention")
             attention_page(run, out/f"{pages[-1]}.md", name)
             text.append(f"[What its words point at]({pages[-1]}.md)\n")
         text.append(provenance(read_json(run/"metrics.json")["made by"]) + "\n")
     settings = yaml.safe_dump(read_json(runs[0]/"metrics.json")["config"], sort_keys=False)
-    text += ["## Settings\n", f"Of {runs[0].name}; the other seeds differ in the seed alone.\n" if len(runs) > 1 else "", f"```yaml\n{settings}```\n", toctree(*pages) if pages else ""]
+    text += ["## Settings\n",
+             f"Of {runs[0].name}; the other seeds differ in the seed alone.\n" if len(runs) > 1 else "",
+             f"```yaml\n{settings}```\n", toctree(*pages) if pages else ""]
     (out/"index.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -88,17 +99,25 @@ def lengths_section(folder, out):
     head, *rows = list(csv.reader((folder/"lengths.csv").open(encoding="utf-8")))
     shutil.copy(folder/"lengths.png", out/"lengths.png")
     one = read_json(next(folder.glob("tokens-*/training.json")))
-    return ["## Lengths\n", f"{one['config']['name']}, one training for each border between tags and regions, on minival.\n", markdown_table(head, [[f"{float(v):.1f}" if "." in v else v for v in r] for r in rows]),
-            figure("lengths.png", "The alignment head's rsum on minival over the most tags of an image, their number with the regions being fixed"), provenance(one["made by"]) + "\n"]
+    return ["## Lengths\n",
+            f"{one['config']['name']}, one training for each border between tags and regions, on minival.\n",
+            markdown_table(head, [[f"{float(v):.1f}" if "." in v else v for v in r] for r in rows]),
+            figure("lengths.png", "The alignment head's rsum on minival over the most tags of an image, their number "
+                                  "with the regions being fixed"),
+            provenance(one["made by"]) + "\n"]
 
 
 def data_page(folder, out):
     "One data set: the tables and figures of its report, and a page for each configuration."
     out.mkdir(parents=True, exist_ok=True)
     runs = runs_of(folder)
-    text = [f"# {folder.name}\n", "Means over the seeds, ± their standard deviation; a click on a column's heading sorts by it.\n", (folder/"table.md").read_text(encoding="utf-8")]
-    for name, alt in {"results.png": "Bars: the rsum of every configuration and head, the figures of the table above", "efficiency.png":
-                      "Points: text-to-image recall of every configuration and head over the milliseconds a query takes"}.items():
+    text = [f"# {folder.name}\n",
+            "Means over the seeds, ± their standard deviation; a click on a column's heading sorts by it.\n",
+            (folder/"table.md").read_text(encoding="utf-8")]
+    for name, alt in {
+            "results.png": "Bars: the rsum of every configuration and head, the figures of the table above",
+            "efficiency.png": "Points: text-to-image recall of every configuration and head over the milliseconds a "
+                              "query takes"}.items():
         if (folder/name).exists():
             shutil.copy(folder/name, out/name)
             text.append(figure(name, f"{alt}, on {folder.name}"))
@@ -127,7 +146,9 @@ def stage(results, out):
     "All result pages."
     names = sorted(p.parent.name for p in results.glob("*/table.md"))
     for name in names: data_page(results/name, out/name)
-    parts = ["# Results\n", "Made from the files in `results/reference/`, which `make results` and `make bench` wrote: each has its commit, seed, versions, machine and times beside it.\n"]
+    parts = ["# Results\n",
+             "Made from the files in `results/reference/`, which `make results` and `make bench` wrote: each has its "
+             "commit, seed, versions, machine and times beside it.\n"]
     parts += [f"- [{n}]({n}/index.md)" for n in names]
     measured = sorted(results.glob("*.md"))
     for path in measured:
