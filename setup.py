@@ -1,7 +1,8 @@
-"""Package metadata: every value is read from settings.ini, the one place where it is written.
+"""Package metadata, read from settings.ini.
 
-The wheel also holds what is no Python: the experiment notebooks with their configurations, the manifests, the published figures, and the model of
-`aladin demo`. In a checkout they stand at the top level; `aladin.files.resource_dir` finds them in either place."""
+The wheel also holds files that are not Python: the experiment notebooks with their configurations, the manifests, the
+published figures, and the model of `aladin demo`. In a checkout they are at the top level; `aladin.files.resource_dir`
+finds them in either place."""
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copyfile
@@ -15,8 +16,14 @@ parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 optional = ("slurm", "faiss", "search", "import", "evaluation", "export", "serve", "server-tests", "peers", "docs")
 
-RESOURCES = {"experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]), "manifests": ("data_manifests", ["*.yaml"]),
-             "reference": ("results/reference", ["*/*/seed-*/metrics.json"]), "demo": ("results/reference/demo", ["*.json", "model/*"])}
+RESOURCES = {
+    "experiments": ("nbs/experiments", ["*.ipynb", "Snakefile", "*/*.yaml", "profiles/*/*.yaml"]),
+    "manifests": ("data_manifests", ["*.yaml"]),
+    "reference": ("results/reference", ["*/*/seed-*/metrics.json"]),
+    "demo": ("results/reference/demo", ["*.json", "model/*"]),
+}
+PAGES = ["search/pair.js", "search/pair.css", "search/service.html", "search/service.js", "search/service.css",
+         "view/explorer.js", "view/explorer.css"]
 
 
 class BuildWithResources(build_py):
@@ -45,9 +52,11 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["aladin", "aladin.*"]),
-    package_data={"aladin": ["search/pair.js", "search/pair.css", "search/service.html", "search/service.js", "search/service.css", "view/explorer.js", "view/explorer.css"]},
+    package_data={"aladin": PAGES},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in optional} | {"dev": " ".join(cfg[f"{extra}_requirements"] for extra in ("dev", *optional)).split()},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in optional
+    } | {"dev": " ".join(cfg[f"{extra}_requirements"] for extra in ("dev", *optional)).split()},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

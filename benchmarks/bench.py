@@ -549,13 +549,12 @@ def detector_gpu():
     out = dict(work="VinVL's detector on 8 pictures of 800 x 600, on the GPU", gpu=torch.cuda.get_device_name())
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
-        model,pixels = full_detector().for_inference(dtype).to("cuda"),torch.randn(8, 3, 600, 800, device="cuda")*50
-        def whole():
+        pixels = torch.randn(8, 3, 600, 800, device="cuda")*50
+        def whole(model=full_detector().for_inference(dtype).to("cuda")):
             model.detect(pixels, [(800, 600)]*8)
             torch.cuda.synchronize()
         seconds,_ = timed(whole, least=5, most=5)
         out |= {name: seconds, f"{name}_share_of_peak": flop(whole)/seconds/matmul_peak(dtype, "cuda", 8192)}
-        del model
     return out
 
 
@@ -631,7 +630,7 @@ def markdown(rows, made):
     "The table with what a reader needs beside it."
     m = made["machine"]
     lines = ["# Benchmarks", "",
-             f"Made by `make bench`, last on {made['date']}: {m['processor']}, {m['threads']} threads, "
+             f"Made by `make bench`, last on {made['date']}: {m['processor']}, {m['cores']} cores, "
              f"torch {made['versions']['torch']}.",
              "Ratios are of times within one run; references are described in benchmarks/bench.py. A row names the "
              "commit it was measured at.", "",

@@ -23,7 +23,6 @@ from aladin.model.alignment import set_scores
 from aladin.model.heads import alignment_scores
 from aladin.model.model import load_model
 from aladin.search.codecs import CODECS
-from aladin.search.engines import ExactEngine
 from aladin.search.faiss import FaissEngine
 from aladin.search.segments import SetStore
 from search import clustered, folder_bytes, in_process, publish, query_times, resident, unit
@@ -115,7 +114,7 @@ def codecs_table(name, m):
     lines = [f"## {name}: {m['images']:,} images with {m['regions']:.1f} regions of {m['dim']}, "
              f"{m['captions']:,} captions", "",
              f"Commit {(m['made by']['commit'] or '')[:9]}, {m['made by']['date']}, {at['processor']}, "
-             f"{at['threads']} thread. {m['note']}".rstrip(), "",
+             f"{at['threads']} thread{'s'*(at['threads'] > 1)}. {m['note']}".rstrip(), "",
              "| codec | bytes of a vector | bytes of a picture | share | " + " | ".join(keys) +
              " | learning | 100 candidates |", "|---|" + "---:|"*(len(keys) + 5)]
     for row in m["codecs"]:

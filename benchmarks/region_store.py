@@ -10,7 +10,7 @@ from aladin.data.regions import TsvRegions, convert_regions
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True,
                         help="folder with features.tsv, features.lineidx, imageid2idx.json, predictions.tsv")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="number format of the store")

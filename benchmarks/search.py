@@ -38,7 +38,7 @@ from aladin.model.heads import alignment_scores
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, help="default: 123,000; with --million a million")
     parser.add_argument("--dim", type=int, help="width of the vectors (default: 768, BERT's; with --million 256)")
     parser.add_argument("--clusters", type=int, default=2000)
@@ -170,15 +170,15 @@ def measure(args):
         segments = write_vectors(store, vectors)
         written = time.perf_counter() - start
         rows, answers = [], []
-        engines = [("exact, in memory", lambda: ExactEngine(store), lambda: folder_bytes(folder/"images"))]
+        compared = [("exact, in memory", lambda: ExactEngine(store), lambda: folder_bytes(folder/"images"))]
         for name, approximate in (("Milvus Lite, every vector", False), ("Milvus Lite, HNSW graph", True)):
             path = folder/f"{approximate}.db"
-            engines.append((
+            compared.append((
                 name,
                 lambda path=path, approximate=approximate: MilvusEngine(
                     store, path, "bench", args.dim, "bench", approximate),
                 lambda path=path: folder_bytes(path)))
-        for name, make, size in engines:
+        for name, make, size in compared:
             row, found = measure_engine(name, make, segments, queries, size)
             answers.append(found)
             rows.append(row | {

@@ -26,7 +26,6 @@ from aladin.files import atomic_write, write_json
 from aladin.runs.record import provenance
 from aladin.search.demo import demo
 from aladin.search.export import export_onnx
-from aladin.search.index import SearchIndex
 
 
 def parse_args():

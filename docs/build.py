@@ -1,8 +1,7 @@
 """The docs site from the notebooks, the results, the manifests and docs/pages: `make docs`.
 
 Pages are staged as Markdown and notebooks with their stored outputs (the tests run every notebook from top to bottom),
-then Sphinx builds them; any warning, such as a link to nowhere, ends the build. `--execute` runs the notebooks first
-and shows what they put out now."""
+then Sphinx builds them; any warning, such as a link to nowhere, ends the build."""
 import argparse, json, re, shutil, tempfile
 from pathlib import Path
 
