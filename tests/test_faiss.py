@@ -1,6 +1,7 @@
 "The engine with faiss beside exact search: additions, replacements and deletions in any order, damage, other processes, kills."
 import hashlib
 import json
+import os
 import sys
 import threading
 
@@ -183,6 +184,10 @@ def test_damaged_bytes_are_found(tmp_path):
     path, vectors = folder/"vectors.npy", np.load(folder/"vectors.npy")
     np.save(path, np.full_like(vectors, np.nan))
     with pytest.raises(InputError, match="NaN"): FaissEngine(store).search(query, 5)
+    np.save(path, vectors)
+    opened = FaissEngine(store)
+    os.truncate(path, 200)
+    with pytest.raises(InputError, match="bytes, found"): opened.search(query, 5)
     np.save(path, vectors[:-1])
     with pytest.raises(InputError, match="shape"): FaissEngine(store)
 

@@ -6,7 +6,7 @@
 __all__ = ['LISTS', 'FORMAT', 'VERSION', 'AIM', 'FLAT', 'TAIL', 'Names', 'Codes', 'write_codes', 'FaissEngine']
 
 # %% ../../nbs/search/02_faiss.ipynb #733c1318
-import hashlib, os, re, shutil, uuid
+import hashlib, os, re, shutil, uuid, weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,7 +146,7 @@ _FILES = ["codes.faiss", "places.npy", "dead.npy", *_NAMES]
 
 # %% ../../nbs/search/02_faiss.ipynb #8557a490
 class Codes:
-    """The codes of the items of some segments, with their vectors in float16, mapped.
+    """The codes of the items of some segments, with their vectors in float16 on disk.
 
     Raises `InputError` where a file is missing or damaged, and where faiss is not installed."""
     def __init__(self,
@@ -158,12 +158,15 @@ class Codes:
         _check_digests(self.folder, about["digests"])
         rows, dim = about["rows"], about["dim"]
         def mapped(name, *what): return map_array(self.folder/f"{name}.npy", *what, _AGAIN)
-        self.vectors = mapped("vectors", "float16", (rows, dim))
+        size = mapped("vectors", "float16", (rows, dim)).nbytes
         self.places = mapped("places", "int32", (rows, 2)) # number in `segments`, row
         self.dead = mapped("dead", "bool", (rows,)) # replaced or deleted since the row was written
         self.ids, self.owners = (Names(self.folder, name, rows) for name in ("ids", "owners"))
         self.segments = about["segments"]
         self.index = faiss.read_index(str(self.folder/"codes.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        path = self.folder/"vectors.npy"
+        self._descriptor, self._start = os.open(path, os.O_RDONLY), path.stat().st_size - size
+        weakref.finalize(self, os.close, self._descriptor)
         self._float16 = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
         if (self.index.ntotal, self.index.d) != (rows, dim):
             found = f"{self.index.ntotal} of {self.index.d}"
@@ -174,20 +177,26 @@ class Codes:
 
     def __len__(self): return len(self.places)
 
+    def _read(self, row, out):
+        "Fill `out`, uint8, with the stored vectors from a row on. Raises `InputError` where the file has become shorter."
+        found = os.preadv(self._descriptor, [out], self._start + 2*self.about["dim"]*row)
+        if found < out.nbytes:
+            raise InputError(self.folder/"vectors.npy", f"row {row}", f"{out.nbytes} bytes", found, _AGAIN)
+
     def decoded(self,
         rows, # array of int
     )->np.ndarray: # float32 [rows, dim]
         "The vectors of some rows."
-        return self._float16.decode(np.ascontiguousarray(self.vectors[rows]).view(np.uint8))
+        codes = np.empty((len(rows), 2*self.about["dim"]), np.uint8)
+        for row, out in zip(np.asarray(rows).tolist(), codes): self._read(row, out)
+        return self._float16.decode(codes)
 
     def blocks(self):
-        "Iterate over (first row, vectors float32) of all rows, which are read and not mapped, to use little memory."
-        rows, dim = self.vectors.shape
-        with open(self.folder/"vectors.npy", "rb") as f:
-            f.seek(-2*rows*dim, os.SEEK_END)
-            for at in range(0, rows, _BLOCK):
-                codes = np.fromfile(f, np.uint8, 2*dim*min(_BLOCK, rows - at))
-                yield at, self._float16.decode(codes.reshape(-1, 2*dim))
+        "Iterate over (first row, vectors float32) of all rows."
+        for at in range(0, len(self), _BLOCK):
+            codes = np.empty((min(_BLOCK, len(self) - at), 2*self.about["dim"]), np.uint8)
+            self._read(at, codes)
+            yield at, self._float16.decode(codes)
 
     def place(self,
         row:int, # of an item
