@@ -178,7 +178,7 @@ class Codes:
     def __len__(self): return len(self.places)
 
     def _read(self, row, out):
-        "Fill `out`, uint8, with the stored vectors from a row on. Raises `InputError` where the file has become shorter."
+        "Fill `out`, uint8, with the stored vectors from a row on. Raises `InputError` where the file ends too early."
         found = os.preadv(self._descriptor, [out], self._start + 2*self.about["dim"]*row)
         if found < out.nbytes:
             raise InputError(self.folder/"vectors.npy", f"row {row}", f"{out.nbytes} bytes", found, _AGAIN)
