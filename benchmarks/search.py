@@ -401,7 +401,8 @@ def publish(args, stem, key, m, text):
 
 def embedded_text(m):
     libraries = ", ".join(f"{k} {v}" for k, v in m["libraries"].items())
-    lines = heading(m, f"{m['build_threads']} threads to build, one to ask, {m['queries']} queries; {libraries}")
+    threads = f"{m['build_threads']} thread{'s'*(m['build_threads'] > 1)}"
+    lines = heading(m, f"{threads} to build, one to ask, {m['queries']} queries; {libraries}")
     lines += ["| engine | build | on disk | memory to build | memory to search | open | median query | 99th percentile "
               "| recall@10 | recall@100 |",
               "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
