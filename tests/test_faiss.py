@@ -187,7 +187,7 @@ def test_damaged_bytes_are_found(tmp_path):
     np.save(path, vectors)
     opened = FaissEngine(store)
     os.truncate(path, 200)
-    with pytest.raises(InputError, match="bytes, found"): opened.search(query, 5)
+    with pytest.raises(InputError, match="found the end"): opened.search(query, 5)
     np.save(path, vectors[:-1])
     with pytest.raises(InputError, match="shape"): FaissEngine(store)
 

@@ -179,9 +179,11 @@ class Codes:
 
     def _read(self, row, out):
         "Fill `out`, uint8, with the stored vectors from a row on. Raises `InputError` where the file ends too early."
-        found = os.preadv(self._descriptor, [out], self._start + 2*self.about["dim"]*row)
-        if found < out.nbytes:
-            raise InputError(self.folder/"vectors.npy", f"row {row}", f"{out.nbytes} bytes", found, _AGAIN)
+        left, at = out.reshape(-1), self._start + 2*self.about["dim"]*row
+        while len(left):
+            found = os.preadv(self._descriptor, [left], at) # a network's file system may give a part
+            if not found: raise InputError(self.folder/"vectors.npy", f"row {row}", "its bytes", "the end", _AGAIN)
+            left, at = left[found:], at + found
 
     def decoded(self,
         rows, # array of int
