@@ -69,8 +69,8 @@ def write_bottom_up(path, of):
 
 def write_lxmert(path, of):
     rows = [[p.name, p.height, p.width, b64(p.classes.astype(np.int64)), b64(p.confidences),
-             b64(p.classes.astype(np.int64)), b64(p.confidences), len(p.boxes),
-             b64(p.boxes), b64(p.vectors)] for p in of]
+             b64(p.classes.astype(np.int64)), b64(p.confidences), len(p.boxes), b64(p.boxes), b64(p.vectors)]
+            for p in of]
     (path/"train2014_obj36.tsv").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
     return path
 
@@ -237,24 +237,26 @@ def write_lmdb_volta(path, of):
 
 
 # name of a layout -> function, name of the reader; layouts with captions of their own are in OWN
-FEATURES = {"bottom-up": (write_bottom_up, "bottom-up"),
-            "lxmert": (write_lxmert, "lxmert"),
-            "precomp": (write_precomp, "precomp"),
-            "teran": (write_teran, "teran"),
-            "precomp-once": (lambda path, of: write_precomp(path, of, times=1), "precomp"),
-            "uniter": (write_uniter, "uniter"),
-            "milvlg": (write_milvlg, "milvlg"),
-            "openvqa": (write_openvqa, "milvlg"),
-            "mmf": (write_mmf, "mmf"),
-            "oscar": (write_oscar, "oscar"),
-            "hdf5-fixed": (write_hdf5_fixed, "hdf5-fixed"),
-            "hdf5-adaptive": (write_hdf5_adaptive, "hdf5-adaptive"),
-            "hdf5-m2": (write_hdf5_m2, "hdf5-m2"),
-            "hdf5-volta": (write_hdf5_volta, "hdf5-volta"),
-            "lmdb-uniter": (write_lmdb_uniter, "lmdb-uniter"),
-            "lmdb-compressed": (write_lmdb_compressed, "lmdb-uniter"),
-            "lmdb-vilbert": (write_lmdb_vilbert, "lmdb-pickle"),
-            "lmdb-volta": (write_lmdb_volta, "lmdb-pickle"),}
+FEATURES = {
+    "bottom-up": (write_bottom_up, "bottom-up"),
+    "lxmert": (write_lxmert, "lxmert"),
+    "precomp": (write_precomp, "precomp"),
+    "teran": (write_teran, "teran"),
+    "precomp-once": (lambda path, of: write_precomp(path, of, times=1), "precomp"),
+    "uniter": (write_uniter, "uniter"),
+    "milvlg": (write_milvlg, "milvlg"),
+    "openvqa": (write_openvqa, "milvlg"),
+    "mmf": (write_mmf, "mmf"),
+    "oscar": (write_oscar, "oscar"),
+    "hdf5-fixed": (write_hdf5_fixed, "hdf5-fixed"),
+    "hdf5-adaptive": (write_hdf5_adaptive, "hdf5-adaptive"),
+    "hdf5-m2": (write_hdf5_m2, "hdf5-m2"),
+    "hdf5-volta": (write_hdf5_volta, "hdf5-volta"),
+    "lmdb-uniter": (write_lmdb_uniter, "lmdb-uniter"),
+    "lmdb-compressed": (write_lmdb_compressed, "lmdb-uniter"),
+    "lmdb-vilbert": (write_lmdb_vilbert, "lmdb-pickle"),
+    "lmdb-volta": (write_lmdb_volta, "lmdb-pickle"),
+}
 OWN = {"precomp", "precomp-once", "oscar"}
 HALF = {"uniter", "lmdb-uniter", "lmdb-compressed"}  # float16
 CLASSES = {"lxmert", "mmf", "hdf5-volta", "lmdb-volta"}
@@ -262,8 +264,8 @@ CLASSES = {"lxmert", "mmf", "hdf5-volta", "lmdb-volta"}
 
 def write_coco(path, of, name="captions_train2014"):
     "COCO's annotations, their ids in no order."
-    notes = [dict(image_id=p.number, id=1000 + 10*i + k, caption=c + "\n") for i, p in enumerate(of)
-             for k, c in enumerate(p.captions)]
+    notes = [dict(image_id=p.number, id=1000 + 10*i + k, caption=c + "\n")
+             for i, p in enumerate(of) for k, c in enumerate(p.captions)]
     order = np.random.default_rng(1).permutation(len(notes)).tolist()
     images = [dict(id=p.number, file_name=f"{p.name}.jpg", width=p.width, height=p.height) for p in of]
     (path/f"{name}.json").write_text(
@@ -275,9 +277,9 @@ SPLITS = ("train", "restval", "val", "test")
 
 
 def write_karpathy(path, of, coco=True, splits=SPLITS):
-    images = [dict(
-        filename=f"{p.name if coco else p.number}.jpg", imgid=i, split=splits[i % len(splits)], sentids=[],
-        sentences=[dict(raw=c, tokens=c.lower().split(), imgid=i, sentid=k) for k, c in enumerate(p.captions)])
+    images = [dict(filename=f"{p.name if coco else p.number}.jpg", imgid=i, split=splits[i % len(splits)], sentids=[],
+                   sentences=[dict(raw=c, tokens=c.lower().split(), imgid=i, sentid=k)
+                              for k, c in enumerate(p.captions)])
               | (dict(cocoid=p.number, filepath="train2014") if coco else {})
               for i, p in enumerate(of)]
     (path/"dataset.json").write_text(
@@ -288,8 +290,8 @@ def write_karpathy(path, of, coco=True, splits=SPLITS):
 def write_blip(path, of):
     "Training and test files in one folder; returns both."
     half = len(of)//2
-    train = [dict(image=f"val2014/{p.name}.jpg", caption=c, image_id=f"coco_{p.number}") for p in of[:half]
-             for c in p.captions]
+    train = [dict(image=f"val2014/{p.name}.jpg", caption=c, image_id=f"coco_{p.number}")
+             for p in of[:half] for c in p.captions]
     (path/"coco_karpathy_train.json").write_text(json.dumps(train))
     (path/"coco_karpathy_test.json").write_text(
         json.dumps([dict(image=f"val2014/{p.name}.jpg", caption=p.captions) for p in of[half:]]))
@@ -373,8 +375,8 @@ def write_tar(path, members):
 
 def write_webdataset(path, of):
     (path/"train").mkdir()
-    members = [(f"{p.name}.{ending}", content) for p in of
-               for ending, content in (("jpg", b"picture"), ("txt", "\n".join(p.captions).encode()))]
+    members = [(f"{p.name}.{ending}", content)
+               for p in of for ending, content in (("jpg", b"picture"), ("txt", "\n".join(p.captions).encode()))]
     write_tar(path/"train"/"0.tar", members)
     return path
 

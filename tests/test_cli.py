@@ -98,9 +98,10 @@ def test_evaluation_protocols(embeddings, tmp_path, capsys):
     assert json.loads(out.read_text())["t2i"] == evaluate_embeddings(e, ("alignment",), bank=e)["alignment"]["t2i"]
     (tmp_path/"names.tsv").write_text("".join(f"{i}\t{i}.jpg\ttest\n" for i in e.image_ids))
     scores = score_matrix(e)
-    (tmp_path/"expert.txt").write_text("".join(f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t"
-                                               + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n"
-                                               for i in range(8) for c in range(8) for k in range(5)))
+    (tmp_path/"expert.txt").write_text("".join(
+        f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t"
+        + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n"
+        for i in range(8) for c in range(8) for k in range(5)))
     assert evaluate("--judgements", str(tmp_path/"expert.txt"), "--names", str(tmp_path/"names.tsv")) == 0
     assert json.loads(out.read_text())["judgements"] == pytest.approx(dict(tau_b=1, rho=1, pairs=320), abs=1e-2)
     for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"),

@@ -121,8 +121,8 @@ def test_a_store_keeps_its_codec(tmp_path, name, engine):
     store.write(dict(deleted=["5", "41"]))
     there.pop("5"), there.pop("41")
     def content(store):
-        return {i: (n, s) for o in store.live()
-                for i, n, s in zip(o.ids, o.lengths, np.split(o.sets, o.lengths.cumsum()[:-1]))}
+        return {i: (n, s)
+                for o in store.live() for i, n, s in zip(o.ids, o.lengths, np.split(o.sets, o.lengths.cumsum()[:-1]))}
     before = content(store)
     assert store.compact() > 0 and len(store.names()) == 1
     again = content(SetStore(store.path, ("texts", "source"), DIM, name))
@@ -183,9 +183,8 @@ def made(tmp_path_factory):
 def test_damage_is_refused(made, tmp_path, how):
     shutil.copytree(made/"opq32", tmp_path/"index")
     damage(tmp_path/"index", how)
-    with pytest.raises(
-            InputError,
-            match={"version": "update aladin", "no json": "write the file again"}.get(how, "build it again")):
+    with pytest.raises(InputError, match={
+            "version": "update aladin", "no json": "write the file again"}.get(how, "build it again")):
         SearchIndex.open(tmp_path/"index", load_model(made/"model")).search("a red fish")
 
 

@@ -53,7 +53,8 @@ WAYS = {  # of training, by what they change
     "MrAVGw, never clamped": dict(model=dict(aggregation="MrAVGw", clamp="never")),
     "scan-sentences": dict(model=dict(aggregation="scan-sentences")),
     "gated depth": dict(model=dict(depth_alignment="gated")),
-    "gated depth, layers after": dict(model=dict(depth_matching="gated", post_layers=1), loss=dict(terms=["alignment", "matching", "hidden_l1"])),
+    "gated depth, layers after": dict(model=dict(depth_matching="gated", post_layers=1),
+                                      loss=dict(terms=["alignment", "matching", "hidden_l1"])),
     "mean depth": dict(model=dict(depth_matching="mean")),
     "layers, streams": dict(model=dict(alignment_layers=2, separate_streams=True)),
     "frozen": dict(model=dict(freeze_backbone=True), loss=dict(terms=["matching"], weights=[1.])),
@@ -62,7 +63,8 @@ WAYS = {  # of training, by what they change
     "bfloat16": dict(training=dict(precision="bfloat16")),
     "thinned, workers": dict(training=dict(thinning=.2, workers=1)),
     "mined": dict(training=dict(mined_negatives=2, batch_size=40)),
-    "Detic and CLIP": dict(data=dict(detections="det_padded", tag_reader="clip", caption_reader="clip"), loss=dict(terms=["alignment"], weights=[1.]))}
+    "Detic and CLIP": dict(data=dict(detections="det_padded", tag_reader="clip", caption_reader="clip"),
+                           loss=dict(terms=["alignment"], weights=[1.]))}
 STEPS = 5
 
 

@@ -79,8 +79,8 @@ def write_scores(folder, runs):
     "The test images' embeddings in two run folders, and another model's scores with ids and judged pairs."
     model = load_model(folder/"model")
     encoded = encode_split(
-        model,
-        open_split(folder/"coco_ir", "test", model.checked_processor(), folder/"coco_ir"/"regions"), progress=False)
+        model, open_split(folder/"coco_ir", "test", model.checked_processor(), folder/"coco_ir"/"regions"),
+        progress=False)
     for run in runs: save_embeddings(encoded, folder/"results"/"scenes"/run/"seed-88"/"embeddings.safetensors")
     images = [encoded.image_ids[i] for i in encoded.caption_image.tolist()]
     np.save(folder/"scores.npy",

@@ -73,9 +73,8 @@ def no_proxy(monkeypatch):
 @pytest.fixture
 def server():
     server = Server(("127.0.0.1", 0), Handler)
-    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = (body,'"1"',[],[],True,
-                                                                                                 "application/octet-stream",
-                                                                                                 threading.Event())
+    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = (
+        body,'"1"',[],[],True,"application/octet-stream",threading.Event())
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield server
     server.over.set()

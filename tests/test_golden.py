@@ -279,7 +279,8 @@ def test_oscar_folder_alone_pooled():
         close(oscar_model().classifier(pooled(oscar_model, "img")), arrays("forward")["oscar_logits_img"], atol=1e-5)
 
 
-# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are still in them.
+# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are still in
+# them.
 
 cases = names("alignment", r"(.+)_im_set")
 modes = names("alignment", rf"(?:{'|'.join(cases)})_(.+)_scores")
@@ -371,7 +372,8 @@ def test_ndcg():
     assert ndcg(np.zeros_like(a["relevance"]), a["ranking"]).tolist() == [a["ndcg_zero"]]*len(a["ranking"])
 
 
-# Losses. Not covered, as no configuration reaches them: attention distillation, the permutation-invariant and the cross-entropy criterion.
+# Losses. Not covered, as no configuration reaches them: attention distillation, the permutation-invariant and the
+# cross-entropy criterion.
 
 @pytest.mark.parametrize("kind", ["maxviol", "sum"])
 @pytest.mark.parametrize("measure", names("losses", r"matching_(.+)_maxviol_loss"))
@@ -778,7 +780,8 @@ def test_three_steps_final_state():
             assert distance <= 1e-2*moved, f"{ours}: {distance:.3g} off after an update of {moved:.3g}"
 
 
-# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's additional ones
+# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's additional
+# ones
 
 variants = sorted(o.name.removeprefix("variant_").removesuffix("_config.json")
                   for o in (v1/"expected").glob("variant_*_config.json"))
@@ -872,8 +875,8 @@ def test_variant_losses(variant, name):
 
 
 @pytest.mark.parametrize("name", [
-    o
-    for o in variants if "gated" in (variant_config(o).model.depth_alignment, variant_config(o).model.depth_matching)])
+    o for o in variants
+    if "gated" in (variant_config(o).model.depth_alignment, variant_config(o).model.depth_matching)])
 def test_gates_see_their_own_item_only(variant, name):
     "Unlike the reference's, an item's embedding is the same alone and in a batch."
     captions = forward_inputs()[1]

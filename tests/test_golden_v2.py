@@ -290,8 +290,8 @@ class LearnedTokenizer:
     Each word has one or more numbers, the same in every text; any division of the texts that is consistent will do."""
     def __init__(self, rows):
         base = subset_tokenizer()
-        self.bos_token_id, self.eos_token_id, self._backend = (base.bos_token_id, base.eos_token_id,
-                                                               base.backend_tokenizer)
+        self.bos_token_id, self.eos_token_id, self._backend = (
+            base.bos_token_id, base.eos_token_id, base.backend_tokenizer)
         different = {(tuple(self.words(self.cleaned(text))), tuple(ids)) for text, ids in rows}
         self.numbers = self.solved(sorted(different, key=lambda o: (len(o[1]) - len(o[0]), len(o[0]), o)), {})
         assert self.numbers, "no word has the same numbers in every text"
@@ -323,8 +323,8 @@ class LearnedTokenizer:
         return spy.texts[0]
 
     def words(self, text):
-        return [w
-                for w, _ in self._backend.pre_tokenizer.pre_tokenize_str(self._backend.normalizer.normalize_str(text))]
+        return [w for w, _ in self._backend.pre_tokenizer.pre_tokenize_str(
+            self._backend.normalizer.normalize_str(text))]
 
     # a word of cut texts only has no known end
     def knows(self, text): return set(self.words(self.cleaned(text))) <= set(self.numbers)

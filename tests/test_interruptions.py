@@ -119,8 +119,8 @@ def old_or_new(path, old, new):
     path = Path(path)
     def check(where, ended=False):
         found = tree(path)
-        assert (found == new if ended
-                else found in (old, new)), f"{where}: {sorted(found) if isinstance(found, dict) else found}"
+        assert found == new if ended else found in (old, new), (
+            f"{where}: {sorted(found) if isinstance(found, dict) else found}")
         if not ended: return
         parts = list(path.parent.glob(f".{path.name}.*.part"))
         for part in parts: remove_if_stale(part)  # what a failing unlink has left is removed by the next call

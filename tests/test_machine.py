@@ -107,8 +107,9 @@ def test_files_that_aladin_did_not_write_stay(made, tmp_path, command, capsys):
     mine.write_text("mine")
     out = mine if file else mine.parent
     force = ["--force"] if command in ("convert", "encode", "convert-detections", "prepare") else []
-    status = main([command, *map(str, words[command]), "--json" if command == "evaluate" else "--out",
-                   str(out), *force]) if command != "train" else 2
+    status = (main([command, *map(str, words[command]),
+                    "--json" if command == "evaluate" else "--out", str(out), *force])
+              if command != "train" else 2)
     assert status == 2 and mine.read_text() == "mine", said(capsys)
 
 
@@ -155,12 +156,13 @@ def test_two_processes_read_the_same_captions_through_clip(tmp_path):
     "Both get the vectors, whoever writes them into the cache."
     texts = [f"a {colour} fish" for colour in ("red", "blue", "green")]*20
     make_clip(tmp_path/"clip", texts)
-    code = ("import sys, numpy as np; from aladin.data.clip import ClipReader; r = ClipReader(sys.argv[1], "
-            "sys.argv[2]); "
-            f"np.save(sys.argv[3], np.concatenate(list(r.captions({texts!r}, 20)))); np.save(sys.argv[4], "
-            f"r.sentences({texts[:3]!r})[{texts[0]!r}])")
-    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path/"clip", tmp_path/"cache", tmp_path/f"c{n}.npy",
-                                   tmp_path/f"s{n}.npy"]) for n in range(3)]
+    code = ("import sys, numpy as np; from aladin.data.clip import ClipReader; "
+            "r = ClipReader(sys.argv[1], sys.argv[2]); "
+            f"np.save(sys.argv[3], np.concatenate(list(r.captions({texts!r}, 20)))); "
+            f"np.save(sys.argv[4], r.sentences({texts[:3]!r})[{texts[0]!r}])")
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path/"clip", tmp_path/"cache",
+                                   tmp_path/f"c{n}.npy", tmp_path/f"s{n}.npy"])
+                 for n in range(3)]
     assert [p.wait() for p in processes] == [0, 0, 0]
     expected = np.concatenate(list(ClipReader(tmp_path/"clip").captions(texts, 20)))
     for n in range(3): np.testing.assert_array_equal(np.load(tmp_path/f"c{n}.npy"), expected)
@@ -205,10 +207,10 @@ def unshared(script, **options):
 def test_a_full_disk_ends_encoding_with_a_message(made, tmp_path):
     write_data(tmp_path/"data", 300)
     (tmp_path/"small").mkdir()
-    encoding = (f"'{sys.executable}' -m aladin encode --model '{made/'model'}' --data '{tmp_path/'data'}' --out "
-                f"'{tmp_path/'small'/'e.safetensors'}'")
-    done = unshared(f"mount -t tmpfs -o size=600k tmpfs '{tmp_path/'small'}' && {{ {encoding}; status=$?; ls -A "
-                    f"'{tmp_path/'small'}'; exit $status; }}")
+    encoding = (f"'{sys.executable}' -m aladin encode --model '{made/'model'}' --data '{tmp_path/'data'}' "
+                f"--out '{tmp_path/'small'/'e.safetensors'}'")
+    done = unshared(f"mount -t tmpfs -o size=600k tmpfs '{tmp_path/'small'}' && "
+                    f"{{ {encoding}; status=$?; ls -A '{tmp_path/'small'}'; exit $status; }}")
     assert (done.returncode == 2 and "e.safetensors" in done.stderr and "room for" in done.stderr
             and "Traceback" not in done.stderr), done.stderr
     assert done.stdout.strip() == ""  # nothing is left
@@ -386,8 +388,8 @@ def test_a_terminal_that_knows_ascii_alone(made, tmp_path):
 
 def test_a_closed_pipe_ends_the_command_quietly(made, tmp_path):
     (tmp_path/"queries.txt").write_text("a red fish\n"*300)
-    command = (f"'{sys.executable}' -m aladin search --index '{made/'index'}' --json < '{tmp_path/'queries.txt'}' | "
-               "head -n 1")
+    command = (f"'{sys.executable}' -m aladin search --index '{made/'index'}' --json < '{tmp_path/'queries.txt'}' "
+               "| head -n 1")
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == "" and json.loads(done.stdout)["query"] == "a red fish"
 

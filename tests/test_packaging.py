@@ -29,10 +29,11 @@ def pins():
 
 
 def requirements():
-    return [Requirement(o) for key in (
-        "requirements", "dev_requirements", "slurm_requirements", "faiss_requirements", "search_requirements",
-        "import_requirements", "evaluation_requirements", "export_requirements", "serve_requirements",
-        "server-tests_requirements", "peers_requirements", "docs_requirements") for o in settings()[key].split()]
+    return [Requirement(o)
+            for key in ("requirements", "dev_requirements", "slurm_requirements", "faiss_requirements",
+                        "search_requirements", "import_requirements", "evaluation_requirements", "export_requirements",
+                        "serve_requirements", "server-tests_requirements", "peers_requirements", "docs_requirements")
+            for o in settings()[key].split()]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)

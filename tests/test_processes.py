@@ -62,8 +62,8 @@ def gradients(vocabulary, loss, rows, chunk_size, processes, device="cpu"):
     torch.manual_seed(0)
     model, criterion = (AladinModel(model_config(config.model, config.data, 16, 12)).to(device).train(),
                         Criterion(config.loss).to(device))
-    total, _ = Step(model, criterion, data, config,
-                    processes=processes)(read_share(data, processes.share(rows), chunk_size), rows)
+    total, _ = Step(model, criterion, data, config, processes=processes)(
+        read_share(data, processes.share(rows), chunk_size), rows)
     tensors = {n: p.grad for n, p in [*model.named_parameters(), *criterion.named_parameters()] if p.grad is not None}
     return tensors | dict(total=total[None]), processes.bytes_exchanged
 
@@ -154,7 +154,8 @@ def prepared(tmp_path_factory):
                    capture_output=True)
     (folder/"settings.yaml").write_text(
         "all:\n  model: {hidden_size: 32, layers: 1, attention_heads: 2, intermediate_size: 64, dropout: 0.1, "
-        "drop_last_word: false}\n  data: {max_tokens: 40, max_regions: 20}\n"
+        "drop_last_word: false}\n"
+        "  data: {max_tokens: 40, max_regions: 20}\n"
         "  loss: {all_negatives_steps: 10, allow_siblings: false}\n"
         "  training: {lr: 0.001, batch_size: 23, epochs: 4, validate_every: 20, checkpoint_every: 3, thinning: 0.1, "
         "workers: 1, mined_negatives: 1}\n")

@@ -41,7 +41,8 @@ def results(tmp_path_factory):
 def metrics_of(folder):
     "The figures of every run, without times and dates."
     return {r: {h: {d: m[d] for d in ("i2t", "t2i", "rsum")}
-                for h, m in json.loads((folder/r/"metrics.json").read_text())["heads"].items()} for r in RUNS}
+                for h, m in json.loads((folder/r/"metrics.json").read_text())["heads"].items()}
+            for r in RUNS}
 
 
 def stamps(folder, name): return {r: (folder/r/name).stat().st_mtime_ns for r in RUNS}
@@ -150,7 +151,8 @@ def test_killed_anywhere_it_ends_with_the_same_figures(results, tmp_path):
     undisturbed."""
     choose, folder = random.Random(3), tmp_path/"scenes-tiny"
     code = ("from aladin.cli.main import main; import sys; "
-            f"sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1'] + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))")
+            f"""sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1']
+                               + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))""")
     for kill in range(10):
         process = subprocess.Popen(
             [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

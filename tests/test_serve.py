@@ -105,70 +105,71 @@ def test_only_serve_imports_fastapi():
 
 
 SEARCH = dict(text=TEXT)
-WRONG = [("/search", 422, field, body)
-         for field, body in [("text", {}),
-                             ("text", dict(text="")),
-                             ("text", dict(text=" \n\t")),
-                             ("text", dict(text="\x00\u200b")),
-                             ("text", dict(text="x"*201)),
-                             ("text", dict(text=5)),
-                             ("text", dict(text=None)),
-                             ("text", dict(text=["a"])),
-                             ("text", b'{"text": "\\ud800"}'),
-                             ("k", SEARCH | dict(k=0)),
-                             ("k", SEARCH | dict(k=21)),
-                             ("k", SEARCH | dict(k="5")),
-                             ("k", SEARCH | dict(k=True)),
-                             ("k", SEARCH | dict(k=None)),
-                             ("k", SEARCH | dict(k=1.5)),
-                             ("k", b'{"text": "a", "k": NaN}'),
-                             ("k", b'{"text": "a", "k": 1e999}'),
-                             ("k", SEARCH | dict(k=10**30)),
-                             ("rerank", SEARCH | dict(rerank=-1)),
-                             ("rerank", SEARCH | dict(rerank=51)),
-                             ("rerank", SEARCH | dict(rerank={})),
-                             ("explain", SEARCH | dict(explain=1)),
-                             ("explain", SEARCH | dict(explain="true")),
-                             ("image", SEARCH | dict(image="200010")),
-                             ("reranc", SEARCH | dict(reranc=5)),
-                             ("image", dict(image="")),
-                             ("image", dict(image=200010)),
-                             ("image", dict(image="x"*501)),
-                             ("rerank", dict(image="200010", rerank=5)),
-                             ("body", []),
-                             ("body", b""),
-                             ("body", b"{"),
-                             ("body", b"\xff\xfe{"),
-                             ("body", b"null"),
-                             ("body", b'"text"')]]
-WRONG += [("/pair", 422, field, body)
-          for field, body in [("image", SEARCH),
-                              ("text", dict(image="200010")),
-                              ("k", SEARCH | dict(image="200010", k=5)),
-                              ("image", SEARCH | dict(image=None))]]
-WRONG += [("/captions", 422, field, body)
-          for field, body in [("image", {}),
-                              ("text", SEARCH | dict(image="200010")),
-                              ("rerank", dict(image="200010", rerank=51))]]
-WRONG += [(path, 404, "image", body)
-          for path, body in [("/search", dict(image="nowhere")),
-                             ("/captions", dict(image="../data/images/200010.png")),
-                             ("/pair", SEARCH | dict(image="/etc/passwd")),
-                             ("/image/nowhere", None),
-                             ("/image/..%2F..%2Fetc%2Fpasswd", None),
-                             ("/image//etc/passwd", None),
-                             ("/image/%00", None),
-                             ("/image/%ff%fe", None),
-                             ("/image/" + "x"*5000, None),
-                             ("/image/200010.png", None)]]
-WRONG += [("/search", 413, "body", b" "*20_001),
-          ("/search", 413, "body", b" "*3_000_000),
-          ("/search", 405, "method", None),
-          ("/health", 405, "method", {}),
-          ("/nowhere", 404, "path", None),
-          ("/image/", 404, "image", None),
-          ("/docs", 404, "path", None),
-          ("/redoc", 404, "path", None)]
+WRONG = [("/search", 422, field, body) for field, body in [
+    ("text", {}),
+    ("text", dict(text="")),
+    ("text", dict(text=" \n\t")),
+    ("text", dict(text="\x00\u200b")),
+    ("text", dict(text="x"*201)),
+    ("text", dict(text=5)),
+    ("text", dict(text=None)),
+    ("text", dict(text=["a"])),
+    ("text", b'{"text": "\\ud800"}'),
+    ("k", SEARCH | dict(k=0)),
+    ("k", SEARCH | dict(k=21)),
+    ("k", SEARCH | dict(k="5")),
+    ("k", SEARCH | dict(k=True)),
+    ("k", SEARCH | dict(k=None)),
+    ("k", SEARCH | dict(k=1.5)),
+    ("k", b'{"text": "a", "k": NaN}'),
+    ("k", b'{"text": "a", "k": 1e999}'),
+    ("k", SEARCH | dict(k=10**30)),
+    ("rerank", SEARCH | dict(rerank=-1)),
+    ("rerank", SEARCH | dict(rerank=51)),
+    ("rerank", SEARCH | dict(rerank={})),
+    ("explain", SEARCH | dict(explain=1)),
+    ("explain", SEARCH | dict(explain="true")),
+    ("image", SEARCH | dict(image="200010")),
+    ("reranc", SEARCH | dict(reranc=5)),
+    ("image", dict(image="")),
+    ("image", dict(image=200010)),
+    ("image", dict(image="x"*501)),
+    ("rerank", dict(image="200010", rerank=5)),
+    ("body", []),
+    ("body", b""),
+    ("body", b"{"),
+    ("body", b"\xff\xfe{"),
+    ("body", b"null"),
+    ("body", b'"text"')]]
+WRONG += [("/pair", 422, field, body) for field, body in [
+    ("image", SEARCH),
+    ("text", dict(image="200010")),
+    ("k", SEARCH | dict(image="200010", k=5)),
+    ("image", SEARCH | dict(image=None))]]
+WRONG += [("/captions", 422, field, body) for field, body in [
+    ("image", {}),
+    ("text", SEARCH | dict(image="200010")),
+    ("rerank", dict(image="200010", rerank=51))]]
+WRONG += [(path, 404, "image", body) for path, body in [
+    ("/search", dict(image="nowhere")),
+    ("/captions", dict(image="../data/images/200010.png")),
+    ("/pair", SEARCH | dict(image="/etc/passwd")),
+    ("/image/nowhere", None),
+    ("/image/..%2F..%2Fetc%2Fpasswd", None),
+    ("/image//etc/passwd", None),
+    ("/image/%00", None),
+    ("/image/%ff%fe", None),
+    ("/image/" + "x"*5000, None),
+    ("/image/200010.png", None)]]
+WRONG += [
+    ("/search", 413, "body", b" "*20_001),
+    ("/search", 413, "body", b" "*3_000_000),
+    ("/search", 405, "method", None),
+    ("/health", 405, "method", {}),
+    ("/nowhere", 404, "path", None),
+    ("/image/", 404, "image", None),
+    ("/docs", 404, "path", None),
+    ("/redoc", 404, "path", None)]
 
 
 @pytest.mark.parametrize("path, status, field, body", WRONG, ids=lambda o: repr(o)[:40])
@@ -245,7 +246,8 @@ def test_schemathesis(served, tmp_path):
     """Requests made from the OpenAPI document, wrong ones too: no 5xx, only documented answers, of the documented form;
     what is wrong is refused."""
     pytest.importorskip("schemathesis")
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,negative_data_rejection,positive_data_acceptance,unsupported_method"
+    checks = ("not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+              "negative_data_rejection,positive_data_acceptance,unsupported_method")
     command = [Path(sys.executable).parent/"schemathesis", "run", f"{served.url}/openapi.json",
                "--header", "Authorization: Bearer s3cret", "--checks", checks, "--phases", "examples,coverage,fuzzing",
                "--max-examples", "60", "--generation-database", "none", "--seed", "1", "--no-color",

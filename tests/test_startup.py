@@ -24,8 +24,8 @@ def made(tmp_path_factory):
 
 def imported(folder, *words):
     "The modules that a command imports in a process of its own."
-    code = (f"import sys; from aladin.cli.main import main; status = main({list(map(str, words))!r}); print('\\n' + ' "
-            "'.join(sys.modules)); sys.exit(status)")
+    code = (f"import sys; from aladin.cli.main import main; status = main({list(map(str, words))!r}); "
+            "print('\\n' + ' '.join(sys.modules)); sys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
@@ -52,7 +52,7 @@ def test_search_without_torch(made, engine):
 
 
 def test_the_help_imports_no_library(made):
-    code = ("import sys; from aladin.cli.main import make_parser; make_parser().format_help(); print(' "
-            "'.join(sys.modules))")
+    code = ("import sys; from aladin.cli.main import make_parser; make_parser().format_help(); "
+            "print(' '.join(sys.modules))")
     modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
     assert "aladin.cli.search" in modules and not found(modules, (*NEVER, *HEAVY, "numpy", "PIL"))

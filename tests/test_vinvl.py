@@ -196,8 +196,8 @@ def test_rows_of_the_authors_tool(folder, tmp_path):
             assert np.abs(features[n, :-6] - np.frombuffer(base64.b64decode(o["feature"]), "<f4")).max() < 2e-3
             positive = [name for name, score in zip(a["attributes"], a["attr_scores"]) if score > 0]
             assert (f.get("attributes", []) == positive
-                    and np.abs(np.subtract(f.get("attr_scores", []), a["attr_scores"][:len(positive)])).max(
-                        initial=0) < 1e-3)
+                    and np.abs(np.subtract(f.get("attr_scores", []), a["attr_scores"][:len(positive)]))
+                        .max(initial=0) < 1e-3)
     assert store.box_order == "height width" and RegionStore(store.path).detections.attributes("900001")[0] == \
         list(zip(found["900001"][0]["attributes"], found["900001"][0]["attr_scores"]))
 

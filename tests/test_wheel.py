@@ -71,8 +71,8 @@ def test_the_package_is_the_installed_one(installed, tmp_path):
 
 def test_start_is_quick(installed, tmp_path):
     "No large library is imported for a help page."
-    code = ("import sys; from aladin.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: "
-            "pass\nprint(sorted({'torch', 'numpy', 'transformers', 'pandas', 'yaml'} & set(sys.modules)))")
+    code = ("import sys; from aladin.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "print(sorted({'torch', 'numpy', 'transformers', 'pandas', 'yaml'} & set(sys.modules)))")
     assert run(installed/"python", "-c", code, cwd=tmp_path).stdout.strip().endswith("[]")
 
 
