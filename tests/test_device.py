@@ -81,15 +81,22 @@ def refusals():
     "What the device itself does: refuse, count, and go on."
     x, found = torch.arange(6.).to(NAME), {}
     for name, wrong in {
-            "two devices": lambda: x + torch.ones(6), "index_copy": lambda: x.index_copy(0, torch.arange(6), x),
-            "numpy": x.numpy, "from the CPU": lambda: torch.ones(6) * x}.items():
+            "two devices": lambda: x + torch.ones(6),
+            "index_copy": lambda: x.index_copy(0, torch.arange(6), x),
+            "numpy": x.numpy,
+            "from the CPU": lambda: torch.ones(6) * x}.items():
         try: wrong(); found[name] = "not refused"
         except (RuntimeError, TypeError) as e: found[name] = type(e).__name__
     counted = {}
     for name, do in {
-            "item": lambda: x[2].item(), "bool": lambda: bool((x > 1).any()), "to the host": x.cpu,
-            "mask": lambda: x[x > 2], "nonzero": lambda: torch.nonzero(x), "int": lambda: int(x.max()),
-            "tolist": x.tolist, "to the device": lambda: torch.ones(3).to(NAME),
+            "item": lambda: x[2].item(),
+            "bool": lambda: bool((x > 1).any()),
+            "to the host": x.cpu,
+            "mask": lambda: x[x > 2],
+            "nonzero": lambda: torch.nonzero(x),
+            "int": lambda: int(x.max()),
+            "tolist": x.tolist,
+            "to the device": lambda: torch.ones(3).to(NAME),
             "made of a list": lambda: torch.tensor([1, 2], device=NAME),
             "repeat": lambda: torch.repeat_interleave(x, torch.ones(6, dtype=torch.int64).to(NAME, non_blocking=True)),
             "going on": lambda: torch.ones(3).to(NAME, non_blocking=True),
@@ -124,7 +131,8 @@ def train_way(changes, data):
         model = AladinModel(config_for_split(config, train)).to(device)
         training = Training(model, train, config,
                             lambda m, heads: {k: {d: v for d, v in o.items() if d != "seconds"}
-                                              for k, o in evaluate_model(m, minival, heads).items()}, progress=False)
+                                              for k, o in evaluate_model(m, minival, heads).items()},
+                            progress=False)
         counted, after = [], training._after_step
 
         def count(*args):

@@ -279,8 +279,8 @@ def test_oscar_folder_alone_pooled():
         close(oscar_model().classifier(pooled(oscar_model, "img")), arrays("forward")["oscar_logits_img"], atol=1e-5)
 
 
-# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are still in
-# them.
+# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are
+# still in them.
 
 cases = names("alignment", r"(.+)_im_set")
 modes = names("alignment", rf"(?:{'|'.join(cases)})_(.+)_scores")
@@ -780,8 +780,8 @@ def test_three_steps_final_state():
             assert distance <= 1e-2*moved, f"{ours}: {distance:.3g} off after an update of {moved:.3g}"
 
 
-# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's additional
-# ones
+# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's
+# additional ones
 
 variants = sorted(o.name.removeprefix("variant_").removesuffix("_config.json")
                   for o in (v1/"expected").glob("variant_*_config.json"))
