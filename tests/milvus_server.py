@@ -1,8 +1,8 @@
 """A Milvus standalone server for tests: free ports, a folder of its own, ended by its process id.
 
-`python tests/milvus_server.py FOLDER` becomes the server, so that the process id of the command is that of the server; the kernel kills it when the
-process that started it ends. A second start in the same folder has the same ports and data. Requests need the token root:Milvus, since Milvus listens at
-all addresses of the machine."""
+`python tests/milvus_server.py FOLDER` becomes the server, so that the process id of the command is that of the server;
+the kernel kills it when the process that started it ends. A second start in the same folder has the same ports and
+data. Requests need the token root:Milvus, since Milvus listens at all addresses of the machine."""
 import ctypes
 import json
 import os
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 TOKEN = "root:Milvus"
-PORTS = ["proxy", "proxy_internal", "etcd", "root_coord", "data_coord", "data_node", "query_coord", "query_node", "index_coord", "index_node"]
+PORTS = ["proxy", "proxy_internal", "etcd", "root_coord", "data_coord", "data_node", "query_coord", "query_node",
+         "index_coord", "index_node"]
 
 
 def free_ports(names):
@@ -37,8 +38,13 @@ def ports_of(folder):
 def write_etcd(folder, ports):
     "The configuration of the embedded metadata store, which would take fixed ports otherwise."
     client, peer = (f"http://127.0.0.1:{ports[name]}" for name in ("etcd", "etcd_peer"))
-    about = {"name": "default", "data-dir": str(folder/"etcd"), "listen-client-urls": client, "advertise-client-urls": client,
-             "listen-peer-urls": peer, "initial-advertise-peer-urls": peer, "initial-cluster": f"default={peer}"}
+    about = {"name": "default",
+             "data-dir": str(folder/"etcd"),
+             "listen-client-urls": client,
+             "advertise-client-urls": client,
+             "listen-peer-urls": peer,
+             "initial-advertise-peer-urls": peer,
+             "initial-cluster": f"default={peer}"}
     (folder/"etcd.yaml").write_text(json.dumps(about))  # YAML has JSON in it
 
 
@@ -51,13 +57,14 @@ def become_server(folder):
     for name in PORTS: config.set(f"{name}_port", ports[name])
     config.set("authorization_enabled", True)
     config.set("common.session.ttl", 10)  # seconds until a killed server is forgotten, 30 by default
-    for name in ("checkInterval", "distPullInterval"): config.set(f"queryCoord.{name}", 100)  # milliseconds; collections load sooner
+    # milliseconds; collections load sooner
+    for name in ("checkInterval", "distPullInterval"): config.set(f"queryCoord.{name}", 100)
     config.write_config()
     milvus._initialize_data_files(str(folder))
     write_etcd(folder, ports)
     os.chdir(folder)
-    own = dict(DEPLOY_MODE="STANDALONE", METRICS_PORT=str(ports["metrics"]), MILVUS_RUN_DIR=str(folder/"run"), ETCD_CONFIG_PATH=str(folder/"etcd.yaml"),
-               LD_LIBRARY_PATH=str(folder/"bin"))
+    own = dict(DEPLOY_MODE="STANDALONE", METRICS_PORT=str(ports["metrics"]), MILVUS_RUN_DIR=str(folder/"run"),
+               ETCD_CONFIG_PATH=str(folder/"etcd.yaml"), LD_LIBRARY_PATH=str(folder/"bin"))
     os.execve(folder/"bin"/"milvus", ["milvus", "run", "standalone"], os.environ | own)
 
 

@@ -26,8 +26,9 @@ def make_index(folder, pictures=30):
     write_scenes(folder/"data", train=4, minival=4, test=pictures, seed=2, progress=False)
     test = open_split(folder/"data", "test")
     torch.manual_seed(0)
-    config = AladinConfig(vocab_size=len(test.processor.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                          intermediate_size=64, region_dim=test.regions.dim, max_tokens=40, drop_last_word=False)
+    config = AladinConfig(
+        vocab_size=len(test.processor.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, region_dim=test.regions.dim, max_tokens=40, drop_last_word=False)
     save_model(with_processor(AladinModel(config), folder/"data"), folder/"model")
     model = load_model(folder/"model")
     index = SearchIndex.build(model, open_split(folder/"data", "test", model.processor), folder/"index", progress=False)
@@ -40,7 +41,8 @@ class Served:
     def __init__(self, index, *words, command=COMMAND, port=0, token="", **environment):
         words = [*command, "serve", index, "--port", port, *words]
         env = os.environ | dict(OMP_NUM_THREADS="1") | environment
-        self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         line = self.process.stdout.readline()
         assert line.startswith("serving "), self.process.communicate(timeout=30)[1]
         self.folder, self.url, self.token = index, line.split()[-1], token
@@ -61,7 +63,8 @@ class Served:
         try: reply = urllib.request.urlopen(asked, timeout=60)
         except urllib.error.HTTPError as e: reply = e
         with reply: text = reply.read()
-        return reply.status, reply.headers, json.loads(text) if reply.headers.get_content_type() == "application/json" else text
+        return (reply.status, reply.headers,
+                json.loads(text) if reply.headers.get_content_type() == "application/json" else text)
 
     def hits(self, path="/search", **body):
         status, _, found = self.ask(path, body)

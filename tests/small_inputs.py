@@ -38,7 +38,8 @@ def write_data(folder, n=12, seed=0, splits=SPLITS, captions=None, ids=None, reg
     (folder/"imageid2idx.json").write_text(json.dumps({i: k for k, i in enumerate(ids)}))
     (folder/"predictions.tsv").write_text("".join(found), encoding="utf-8")
     for split in splits:
-        (folder/f"{split}_captions.json").write_text(json.dumps(captions or {i: [f"a {w} fish" for w in COLOURS] for i in ids}))
+        (folder/f"{split}_captions.json").write_text(
+            json.dumps(captions or {i: [f"a {w} fish" for w in COLOURS] for i in ids}))
     return folder
 
 
@@ -50,14 +51,15 @@ def write_model(folder, seed=0, dim=DIM):
     vocabulary = folder.parent/f"{folder.name}-vocab.txt"
     vocabulary.write_text("\n".join(words) + "\n")
     torch.manual_seed(seed)
-    config = AladinConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, region_dim=dim,
-                          max_tokens=40, max_regions=20, drop_last_word=False)
+    config = AladinConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                          intermediate_size=64, region_dim=dim, max_tokens=40, max_regions=20, drop_last_word=False)
     save_model(with_processor(AladinModel(config), vocabulary), folder)
     return folder
 
 
 def with_processor(model, vocabulary):
-    "A model that knows how its input is made: by a vocab.txt, or a folder that has one, and the settings of its configuration."
+    """A model that knows how its input is made: by a vocab.txt, or a folder that has one, and the settings of its
+    configuration."""
     model.processor = AladinProcessor.from_pretrained(vocabulary, model.config.settings)
     return model
 

@@ -1,4 +1,5 @@
-"Models of any width, bounds of every number, and files that are read whole or refused: each error names the file, the place and a fix."
+"""Models of any width, bounds of every number, and files that are read whole or refused: each error names the file, the
+place and a fix."""
 import argparse, base64, json, os, re
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
@@ -58,37 +59,47 @@ def authors_name(name):
 
 
 def write_original(folder, scenes, width, heads, prefix="", change=None):
-    "An Oscar folder and a checkpoint of one layer in the authors' form, as their program saves them; the model that they hold."
+    """An Oscar folder and a checkpoint of one layer in the authors' form, as their program saves them; the model that
+    they hold."""
     oscar = folder/"oscar"
     oscar.mkdir(parents=True)
     captions = json.loads((scenes/"train_captions.json").read_text())
     words = build_vocabulary([c for texts in captions.values() for c in texts])
     (oscar/"vocab.txt").write_text("\n".join(words) + "\n")
-    sizes = dict(vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=heads, intermediate_size=2*width, max_position_embeddings=80)
+    sizes = dict(vocab_size=len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=heads,
+                 intermediate_size=2*width, max_position_embeddings=80)
     (oscar/"config.json").write_text(json.dumps(sizes | dict(img_feature_dim=REGION_DIM, use_img_layernorm=1)))
     torch.manual_seed(0)
     model = AladinModel(AladinConfig(**sizes, region_dim=REGION_DIM, max_tokens=40, max_regions=20)).eval()
     weights = {prefix + authors_name(n): t for n, t in model.state_dict().items()}
     if change: change(weights)
     torch.save({n: t for n, t in weights.items() if ".bert." in n or "classifier" in n}, oscar/"pytorch_model.bin")
-    config = dict(dataset=dict(name="coco"), model={"name": "teran", "embed-size": width, "tern-layers": 2, "dropout": 0.1},
-                  training={"lr": 1e-5, "loss-type": "alignment", "loss-weights": [1], "alignment-mode": "MrSw", "measure": "dot"})
-    torch.save(dict(epoch=1, model=weights, opt=argparse.Namespace(max_seq_length=40, max_img_seq_length=20), config=config), folder/"checkpoint.pth.tar")
+    config = dict(dataset=dict(name="coco"),
+                  model={"name": "teran", "embed-size": width, "tern-layers": 2, "dropout": 0.1},
+                  training={"lr": 1e-5, "loss-type": "alignment", "loss-weights": [1],
+                            "alignment-mode": "MrSw", "measure": "dot"})
+    torch.save(
+        dict(epoch=1, model=weights, opt=argparse.Namespace(max_seq_length=40, max_img_seq_length=20), config=config),
+        folder/"checkpoint.pth.tar")
     return model
 
 
-def convert(folder): return main(["convert", "--checkpoint", str(folder/"checkpoint.pth.tar"), "--oscar", str(folder/"oscar"), "--out", str(folder/"model")])
+def convert(folder):
+    return main(["convert", "--checkpoint", str(folder/"checkpoint.pth.tar"), "--oscar", str(folder/"oscar"),
+                 "--out", str(folder/"model")])
 
 
 @pytest.mark.parametrize("width, heads", [(40, 5), (1024, 16), (44, 11)])
 def test_a_checkpoint_of_any_width(tmp_path, scenes, capsys, width, heads):
-    "Neither our default of 12 heads nor any other default takes part: converted, encoded and evaluated by the commands."
+    """Neither our default of 12 heads nor any other default takes part: converted, encoded and evaluated by the
+    commands."""
     original = write_original(tmp_path, scenes, width, heads)
     assert convert(tmp_path) == 0, capsys.readouterr().err
     model = load_model(tmp_path/"model")
     assert (model.config.hidden_size, model.config.num_attention_heads) == (width, heads)
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
-    assert main(["encode", "--model", str(tmp_path/"model"), "--data", str(scenes), "--split", "test", "--out", str(tmp_path/"e.safetensors")]) == 0
+    assert main(["encode", "--model", str(tmp_path/"model"), "--data", str(scenes), "--split", "test",
+                 "--out", str(tmp_path/"e.safetensors")]) == 0
     assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors")]) == 0
     assert re.search(r"rsum \d", capsys.readouterr().out)
 
@@ -112,7 +123,14 @@ def test_weights_that_are_not_finite(tmp_path, scenes, capsys, value):
     assert name in err and "checkpoint.pth.tar" in err and "1 of 40" in err
 
 
-@pytest.mark.parametrize("key, value", [("num_attention_heads", 7), ("hidden_size", "40"), ("hidden_size", 42), ("num_hidden_layers", -1), ("vocab_size", 10**12), ("layer_norm_eps", "small"), ("hidden_act", 3)])
+@pytest.mark.parametrize("key, value", [
+    ("num_attention_heads", 7),
+    ("hidden_size", "40"),
+    ("hidden_size", 42),
+    ("num_hidden_layers", -1),
+    ("vocab_size", 10**12),
+    ("layer_norm_eps", "small"),
+    ("hidden_act", 3)])
 def test_an_oscar_folder_that_does_not_fit(tmp_path, scenes, key, value):
     write_original(tmp_path, scenes, 40, 5)
     path = tmp_path/"oscar"/"config.json"
@@ -121,8 +139,13 @@ def test_an_oscar_folder_that_does_not_fit(tmp_path, scenes, key, value):
     fails(lambda: AladinModel.from_original(tmp_path/"checkpoint.pth.tar", tmp_path/"oscar"), path, where)
 
 
-@pytest.mark.parametrize("change, where", [(dict(model={}), "tensors"), (dict(model=[1]), "tensors"), (dict(model={"a": 1}), "tensor a"), (dict(model={1: torch.zeros(1)}), "tensors"),
-                                           (dict(config=[1]), "config"), (dict(opt=argparse.Namespace(max_seq_length="long")), "opt.max_seq_length")])
+@pytest.mark.parametrize("change, where", [
+    (dict(model={}), "tensors"),
+    (dict(model=[1]), "tensors"),
+    (dict(model={"a": 1}), "tensor a"),
+    (dict(model={1: torch.zeros(1)}), "tensors"),
+    (dict(config=[1]), "config"),
+    (dict(opt=argparse.Namespace(max_seq_length="long")), "opt.max_seq_length")])
 def test_a_checkpoint_of_another_content(tmp_path, scenes, change, where):
     write_original(tmp_path, scenes, 40, 5)
     path = tmp_path/"checkpoint.pth.tar"
@@ -151,25 +174,44 @@ def nested(key, value):
     return {group: {name: value}} if group else {name: value}
 
 
-@pytest.mark.parametrize("key, kind, bounds", list(every_number(ExperimentConfig())), ids=lambda o: o if isinstance(o, str) else "")
+@pytest.mark.parametrize(
+    "key, kind, bounds", list(every_number(ExperimentConfig())), ids=lambda o: o if isinstance(o, str) else "")
 def test_every_number_has_bounds(key, kind, bounds):
     "Just outside of each bound, and what is not a number, is refused by its key."
     outside = [bounds["ge"] - 1] if "ge" in bounds else [bounds["gt"]]
     outside += [bounds["le"] + 1] if "le" in bounds else [bounds["lt"]] if "lt" in bounds else []
     if kind is float: outside = [*map(float, outside), float("nan"), float("inf"), -float("inf")]
-    for value in [*outside, 10**400, True, "1", None, [1], {}]: fails(lambda: config_from_dict(nested(key, value), "own.yaml"), f"own.yaml: {key}: expected")
+    for value in [*outside, 10**400, True, "1", None, [1], {}]:
+        fails(lambda: config_from_dict(nested(key, value), "own.yaml"), f"own.yaml: {key}: expected")
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/b", "", ".", "..", ".hidden", "a\0b", "a\nb", "x"*201, "a\\b"])
-def test_a_name_that_leads_elsewhere(name): fails(lambda: config_from_dict(dict(name=name), "own.yaml"), "own.yaml: name: expected")
+def test_a_name_that_leads_elsewhere(name):
+    fails(lambda: config_from_dict(dict(name=name), "own.yaml"), "own.yaml: name: expected")
 
 
 @pytest.mark.parametrize("text, where", [
-    ("grd_clip: 2\n3: x", "key 3"), ("training: {3: 1}", "key 3 in training"), ("loss: {terms: [[x]]}", "loss.terms"), ("loss: {weights: [[1.0]]}", "loss.weights"),
-    ("loss: {weights: {a: 1}}", "loss.weights"), ("loss: {measure: order}", "loss.measure"), ("training: {lr: .nan}", "training.lr"), ("[a, b]", "top level"),
-    ("training: {pretrain_losses: words}", "training.pretrain_losses"), ("a: &x [*x]", "a.0"), ("a: [", "line"), ("seed: !!int", "file"), ("seed: !!bool x", "file"), ("seed: !!timestamp x", "file"), ("model: {clamp: [never]}", "model.clamp"),
-    ("dataset: {}\ntraining: {loss-type: 3}", "training.loss-type"), ("dataset: {}\ntraining: {measure: order}", "training.measure"), ("dataset: {}\ntraining: {bs: -1}", "training.bs"),
-    ("dataset: {}\ntraining: [1]", "training"), ("dataset: {}\nmodel: {name: [teran]}", "model.name"), ("dataset: {}\nmodel: {embed-size: 0}", "model.embed-size")])
+    ("grd_clip: 2\n3: x", "key 3"),
+    ("training: {3: 1}", "key 3 in training"),
+    ("loss: {terms: [[x]]}", "loss.terms"),
+    ("loss: {weights: [[1.0]]}", "loss.weights"),
+    ("loss: {weights: {a: 1}}", "loss.weights"),
+    ("loss: {measure: order}", "loss.measure"),
+    ("training: {lr: .nan}", "training.lr"),
+    ("[a, b]", "top level"),
+    ("training: {pretrain_losses: words}", "training.pretrain_losses"),
+    ("a: &x [*x]", "a.0"),
+    ("a: [", "line"),
+    ("seed: !!int", "file"),
+    ("seed: !!bool x", "file"),
+    ("seed: !!timestamp x", "file"),
+    ("model: {clamp: [never]}", "model.clamp"),
+    ("dataset: {}\ntraining: {loss-type: 3}", "training.loss-type"),
+    ("dataset: {}\ntraining: {measure: order}", "training.measure"),
+    ("dataset: {}\ntraining: {bs: -1}", "training.bs"),
+    ("dataset: {}\ntraining: [1]", "training"),
+    ("dataset: {}\nmodel: {name: [teran]}", "model.name"),
+    ("dataset: {}\nmodel: {embed-size: 0}", "model.embed-size")])
 def test_a_configuration_that_does_not_fit(tmp_path, text, where):
     (tmp_path/"own.yaml").write_text(text)
     fails(lambda: load_config(tmp_path/"own.yaml"), tmp_path/"own.yaml", where)
@@ -177,13 +219,26 @@ def test_a_configuration_that_does_not_fit(tmp_path, text, where):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path/"own.yaml").write_bytes(b"name: caf\xe9")
-    for read in (load_config, load_manifest, lambda p: experiment_config("alad-alignment-triplet", str(p))): fails(lambda: read(tmp_path/"own.yaml"), tmp_path/"own.yaml", "UTF-8")
+    for read in (load_config, load_manifest, lambda p: experiment_config("alad-alignment-triplet", str(p))):
+        fails(lambda: read(tmp_path/"own.yaml"), tmp_path/"own.yaml", "UTF-8")
 
 
-@pytest.mark.parametrize("text, where", [("base: own.yaml", "base"), ("base: [a]", "base"), ("base: scenez", "did you mean scenes"), ("all: [1]", "all"), ("all: {model: {hidden_size: [1]}}", "model.hidden_size"),
-                                         ("configurations: 3", "configurations"), ("configurations: {alad-alignment-triplet: 3}", "configurations.alad-alignment-triplet"), ("- a", "top level"),
-                                         ("configurations: {alad: {}}", "configurations.alad"), ("every: {}", "key every"), ("all: {training: {grad_clip: -1}}", "training.grad_clip"),
-                                         ("all: &a {model: *a}", "all.model"), ("3: {}", "key 3"), ('base: "\\0.yaml"', "base"), ("base: " + "x"*300 + ".yaml", "too long")])
+@pytest.mark.parametrize("text, where", [
+    ("base: own.yaml", "base"),
+    ("base: [a]", "base"),
+    ("base: scenez", "did you mean scenes"),
+    ("all: [1]", "all"),
+    ("all: {model: {hidden_size: [1]}}", "model.hidden_size"),
+    ("configurations: 3", "configurations"),
+    ("configurations: {alad-alignment-triplet: 3}", "configurations.alad-alignment-triplet"),
+    ("- a", "top level"),
+    ("configurations: {alad: {}}", "configurations.alad"),
+    ("every: {}", "key every"),
+    ("all: {training: {grad_clip: -1}}", "training.grad_clip"),
+    ("all: &a {model: *a}", "all.model"),
+    ("3: {}", "key 3"),
+    ('base: "\\0.yaml"', "base"),
+    ("base: " + "x"*300 + ".yaml", "too long")])
 def test_settings_that_do_not_fit(tmp_path, monkeypatch, text, where):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"own.yaml").write_text(text)
@@ -198,14 +253,19 @@ def test_settings_in_a_circle(tmp_path, monkeypatch):
 
 
 def test_the_published_files_are_valid():
-    configurations, settings = (sorted(p.stem for p in (resource_dir("experiments")/kind).glob("*.yaml")) for kind in ("configurations", "settings"))
+    configurations, settings = (sorted(p.stem for p in (resource_dir("experiments")/kind).glob("*.yaml"))
+                                for kind in ("configurations", "settings"))
     assert configurations and settings
     for configuration in configurations:
         for name in ("", *settings): assert experiment_config(configuration, name).name == configuration
 
 
-@pytest.mark.parametrize("content", [dict(name="own", title=3), dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[3]),
-                                     dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[dict(path="../up")]), [1], {3: 1}])
+@pytest.mark.parametrize("content", [
+    dict(name="own", title=3),
+    dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[3]),
+    dict(name="own", title="t", kind="data set", licence="l", citation="c", homepage="h", files=[dict(path="../up")]),
+    [1],
+    {3: 1}])
 def test_a_manifest_that_does_not_fit(tmp_path, content):
     (tmp_path/"own.yaml").write_text(yaml.safe_dump(content))
     fails(lambda: load_manifest(tmp_path/"own.yaml"), tmp_path/"own.yaml")
@@ -253,7 +313,8 @@ def test_asking_for_a_device_changes_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", None)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     assert select_device().type == "cuda"
-    assert before == (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert (before == (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled())
+            and "CUBLAS_WORKSPACE_CONFIG" not in os.environ)
 
 
 # Captions and key files
@@ -288,15 +349,21 @@ def test_captions_beyond_five_are_reported(folder, capsys):
     data = opened(folder)
     assert (len(data), data.captions_left_out, data.images_with_more) == (16, 3, 2)
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "test_captions.json: first 5" in told[0] and "3 of 19 captions are left out, those of 2 images" in told[0]
+    assert (len(told) == 1 and "test_captions.json: first 5" in told[0]
+            and "3 of 19 captions are left out, those of 2 images" in told[0])
     assert len(opened(folder, settings=DataSettings(captions_per_image=7))) == 19
     assert len(opened(folder, keys=IDS[:2])) == 6 and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["i2\ni0\n", "\ufeffi2\r\ni0\r\n", "\n i2 \n\n\ti0\n\n".replace("\ti0", "i0\tx"), "i2\ri0"])
+@pytest.mark.parametrize("content", [
+    "i2\ni0\n",
+    "\ufeffi2\r\ni0\r\n",
+    "\n i2 \n\n\ti0\n\n".replace("\ti0", "i0\tx"),
+    "i2\ri0"])
 def test_keys_choose_and_order(folder, content):
     (folder/"keys.tsv").write_bytes(content.encode())
-    for keys in ("keys.tsv", folder/"keys.tsv", ["i2", "i0"], ("i2", "i0"), iter(["i2", "i0"])): assert opened(folder, keys=keys).image_ids == ["i2", "i0"]
+    for keys in ("keys.tsv", folder/"keys.tsv", ["i2", "i0"], ("i2", "i0"), iter(["i2", "i0"])):
+        assert opened(folder, keys=keys).image_ids == ["i2", "i0"]
 
 
 @pytest.mark.parametrize("keys", [[], (), iter([])])
@@ -310,18 +377,28 @@ def test_an_empty_key_file(folder):
 
 def test_keys_that_stand_twice(folder):
     (folder/"keys.tsv").write_text("i0\ni1\ni0\n")
-    for action in (lambda: opened(folder, keys="keys.tsv"), lambda: read_keys(folder/"keys.tsv")): fails(action, folder/"keys.tsv", "image i0", "id 1 and id 3")
+    for action in (lambda: opened(folder, keys="keys.tsv"), lambda: read_keys(folder/"keys.tsv")):
+        fails(action, folder/"keys.tsv", "image i0", "id 1 and id 3")
     fails(lambda: opened(folder, keys=["i0", "i1", "i0"]), "image i0", "each image once")
 
 
-@pytest.mark.parametrize("content, found", [(b'{"a": 1}', "JSON"), (b"\x89PNG\r\n\x1a\n\0\0", "a PNG picture"), (b"a\0b\n", "binary data"), ("i0".encode("utf-16"), "UTF-16 text"), (b"caf\xe9\n"*9, "not UTF-8")])
+@pytest.mark.parametrize("content, found", [
+    (b'{"a": 1}', "JSON"),
+    (b"\x89PNG\r\n\x1a\n\0\0", "a PNG picture"),
+    (b"a\0b\n", "binary data"),
+    ("i0".encode("utf-16"), "UTF-16 text"),
+    (b"caf\xe9\n"*9, "not UTF-8")])
 def test_a_key_file_of_another_kind(folder, content, found):
     (folder/"keys.tsv").write_bytes(content)
     fails(lambda: opened(folder, keys="keys.tsv"), folder/"keys.tsv", found)
 
 
 @pytest.mark.parametrize("end", ["json", "pt"])
-@pytest.mark.parametrize("content, found", [(b"image,caption\n1,a fish\n2,a dog\n", "a CSV table"), (b"\xff\xd8\xff\xe0", "a JPEG picture"), (b"", "an empty file"), (b"PAR1", "Parquet")])
+@pytest.mark.parametrize("content, found", [
+    (b"image,caption\n1,a fish\n2,a dog\n", "a CSV table"),
+    (b"\xff\xd8\xff\xe0", "a JPEG picture"),
+    (b"", "an empty file"),
+    (b"PAR1", "Parquet")])
 def test_captions_of_another_format(tmp_path, end, content, found):
     path = tmp_path/f"test_captions.{end}"
     path.write_bytes(content)
@@ -342,7 +419,11 @@ def test_captions_with_a_mark(tmp_path):
     fails(lambda: read_captions(tmp_path/"test_captions.pt"), "image 7", "each image once")
 
 
-@pytest.mark.parametrize("content, found", [(b"\x89PNG\r\n\x1a\n\xff", "a PNG picture"), (b'{"model": 1}', "JSON"), ("[PAD]\ncaf\xe9\n".encode("latin-1")*9, "not UTF-8"), (None, "a folder")])
+@pytest.mark.parametrize("content, found", [
+    (b"\x89PNG\r\n\x1a\n\xff", "a PNG picture"),
+    (b'{"model": 1}', "JSON"),
+    ("[PAD]\ncaf\xe9\n".encode("latin-1")*9, "not UTF-8"),
+    (None, "a folder")])
 def test_a_vocabulary_of_another_kind(tmp_path, content, found):
     path = tmp_path/"vocab.txt"
     if content is None: path.mkdir()
@@ -372,11 +453,14 @@ def test_ids_of_any_length(tmp_path, capsys):
     (folder/"vocab.txt").write_text("\n".join(WORDS))
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    save_model(with_processor(AladinModel(AladinConfig(**sizes, region_dim=10, max_tokens=9)), folder), tmp_path/"model")
+    save_model(
+        with_processor(AladinModel(AladinConfig(**sizes, region_dim=10, max_tokens=9)), folder), tmp_path/"model")
     common = ["--model", str(tmp_path/"model"), "--data", str(folder), "--keys", "keys.tsv"]
-    assert main(["encode", *common, "--out", str(tmp_path/"e.safetensors")]) == 0 and load_embeddings(tmp_path/"e.safetensors").image_ids == ids[1:]
+    assert (main(["encode", *common, "--out", str(tmp_path/"e.safetensors")]) == 0
+            and load_embeddings(tmp_path/"e.safetensors").image_ids == ids[1:])
     assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors"), "--keys", str(folder/"keys.tsv")]) == 0
-    assert main(["index", *common, "--out", str(tmp_path/"index")]) == 0 and main(["search", "a fish", "--index", str(tmp_path/"index")]) == 0
+    assert (main(["index", *common, "--out", str(tmp_path/"index")]) == 0
+            and main(["search", "a fish", "--index", str(tmp_path/"index")]) == 0)
     assert ids[1] in capsys.readouterr().out
 
 
@@ -384,10 +468,12 @@ def test_ids_of_any_length(tmp_path, capsys):
 
 def small_embeddings(images=3, owners=(0, 0, 2, 2, 2, 2, 2)):
     "Three images with two, no and five captions."
-    unit = lambda *n: torch.nn.functional.normalize(torch.randn(*n, generator=torch.Generator().manual_seed(sum(n))), dim=-1)
+    unit = lambda *n: torch.nn.functional.normalize(
+        torch.randn(*n, generator=torch.Generator().manual_seed(sum(n))), dim=-1)
     n = len(owners)
     sets = [Ragged(unit(2*k, 6), torch.full((k,), 2)) for k in (images, n)]
-    return Embeddings(unit(images, 8), unit(n, 8), *sets, [f"i{k}" for k in range(images)], torch.tensor(owners, dtype=torch.int64))
+    return Embeddings(unit(images, 8), unit(n, 8), *sets, [f"i{k}" for k in range(images)],
+                      torch.tensor(owners, dtype=torch.int64))
 
 
 @pytest.fixture
@@ -411,23 +497,46 @@ def put(at, value):
 
 
 @pytest.mark.parametrize("name, change, where", [
-    ("image_matching", lambda t: t[:2], "image_ids"), ("image_matching", lambda t: t[0], "image_matching"), ("image_matching", put((1, 2), float("nan")), "image_matching, row 1"),
-    ("caption_matching", lambda t: t[:-1], "word_offsets"), ("caption_matching", lambda t: t[:, :3].contiguous(), "caption_matching"), ("caption_matching", lambda t: t.half(), "caption_matching"),
-    ("regions", put((5, 0), float("inf")), "regions, row 5"), ("regions", lambda t: t[:-1], "region_offsets"), ("regions", lambda t: t.long(), "tensor regions"), ("words", lambda t: t[:, :5].contiguous(), "words"),
-    ("region_offsets", put(0, 1), "region_offsets"), ("region_offsets", put(1, 5), "region_offsets, row 2"), ("region_offsets", put(2, -2**62), "region_offsets"), ("region_offsets", lambda t: t.int(), "region_offsets"),
-    ("word_offsets", put(-1, 99), "word_offsets"), ("word_offsets", lambda t: t[:-1], "word_offsets"), ("caption_image", put(3, 3), "caption_image, row 3"), ("caption_image", put(0, -1), "caption_image, row 0"),
-    ("caption_image", lambda t: t[:-1], "caption_image"), ("image_ids", lambda t: t[:-1], "image_ids")])
+    ("image_matching", lambda t: t[:2], "image_ids"),
+    ("image_matching", lambda t: t[0], "image_matching"),
+    ("image_matching", put((1, 2), float("nan")), "image_matching, row 1"),
+    ("caption_matching", lambda t: t[:-1], "word_offsets"),
+    ("caption_matching", lambda t: t[:, :3].contiguous(), "caption_matching"),
+    ("caption_matching", lambda t: t.half(), "caption_matching"),
+    ("regions", put((5, 0), float("inf")), "regions, row 5"),
+    ("regions", lambda t: t[:-1], "region_offsets"),
+    ("regions", lambda t: t.long(), "tensor regions"),
+    ("words", lambda t: t[:, :5].contiguous(), "words"),
+    ("region_offsets", put(0, 1), "region_offsets"),
+    ("region_offsets", put(1, 5), "region_offsets, row 2"),
+    ("region_offsets", put(2, -2**62), "region_offsets"),
+    ("region_offsets", lambda t: t.int(), "region_offsets"),
+    ("word_offsets", put(-1, 99), "word_offsets"),
+    ("word_offsets", lambda t: t[:-1], "word_offsets"),
+    ("caption_image", put(3, 3), "caption_image, row 3"),
+    ("caption_image", put(0, -1), "caption_image, row 0"),
+    ("caption_image", lambda t: t[:-1], "caption_image"),
+    ("image_ids", lambda t: t[:-1], "image_ids")])
 def test_embeddings_that_do_not_fit(saved, name, change, where):
     load_embeddings(saved)
     spoil(saved, **{name: change})
     fails(lambda: load_embeddings(saved), saved, where)
 
 
-@pytest.mark.parametrize("key, value", [("image_ids", "["), ("image_ids", "{}"), ("image_ids", "[1, 2, 3]"), ("image_ids", '["i0", "i1"]'), ("image_ids", '["i0", "i1", "i0"]'), ("image_ids", "["*10**5),
-                                        ("aggregation", "mxSr"), ("clamp", "reference"), ("format", "aladin-model")])
+@pytest.mark.parametrize("key, value", [
+    ("image_ids", "["),
+    ("image_ids", "{}"),
+    ("image_ids", "[1, 2, 3]"),
+    ("image_ids", '["i0", "i1"]'),
+    ("image_ids", '["i0", "i1", "i0"]'),
+    ("image_ids", "["*10**5),
+    ("aggregation", "mxSr"),
+    ("clamp", "reference"),
+    ("format", "aladin-model")])
 def test_metadata_that_does_not_fit(saved, key, value):
     spoil(saved, {key: value})
-    fails(lambda: load_embeddings(saved), saved, "image i0" if '"i0", "i1", "i0"' in value else f"{key} in the metadata")
+    fails(lambda: load_embeddings(saved), saved,
+          "image i0" if '"i0", "i1", "i0"' in value else f"{key} in the metadata")
 
 
 def test_ids_from_numbers(saved):
@@ -449,7 +558,10 @@ def test_missing_ids_score_nothing(saved, capsys):
 def test_nothing_to_compare(tmp_path, head, images, owners, what):
     save_embeddings(small_embeddings(images, owners), tmp_path/"e.safetensors")
     empty, whole = load_embeddings(tmp_path/"e.safetensors"), small_embeddings()
-    for action in (lambda: retrieval_ranks(empty, head), lambda: score_matrix(empty, head), lambda: top_ranked(empty, head), lambda: hubness(whole, empty, head), lambda: hubness(empty, whole, head)): fails(action, what, "at least one")
+    for action in (lambda: retrieval_ranks(empty, head), lambda: score_matrix(empty, head),
+                   lambda: top_ranked(empty, head), lambda: hubness(whole, empty, head),
+                   lambda: hubness(empty, whole, head)):
+        fails(action, what, "at least one")
     assert main(["evaluate", "--embeddings", str(tmp_path/"e.safetensors"), "--head", head]) == 2
 
 
@@ -460,7 +572,8 @@ def test_images_with_any_number_of_captions(head):
     scores = score_matrix(e, head)
     i2t, t2i = retrieval_ranks(e, head)
     np.testing.assert_array_equal(i2t, image_to_text_ranks(scores, e.caption_image))
-    assert len(i2t) == 2 and len(t2i) == 7 and i2t[0] == (scores[0] > scores[0, :2].max()).sum() and i2t[1] == (scores[2] > scores[2, 2:].max()).sum()
+    assert (len(i2t) == 2 and len(t2i) == 7 and i2t[0] == (scores[0] > scores[0, :2].max()).sum()
+            and i2t[1] == (scores[2] > scores[2, 2:].max()).sum())
     spread = bootstrap_intervals(i2t, t2i, e.caption_image, samples=50)
     assert all(np.isfinite(v).all() for d in ("i2t", "t2i") for v in spread[d].values())
     fails(lambda: ndcg_metrics(e, caption_relevance(["a fish"]*7, e.caption_image), head), "NDCG", "without captions")

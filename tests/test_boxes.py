@@ -1,4 +1,5 @@
-"""The operators of VinVL's detector: what its own program recorded (tests/golden/detector, or ALADIN_GOLDEN), decisions compared exactly.
+"""The operators of VinVL's detector: what its own program recorded (tests/golden/detector, or ALADIN_GOLDEN), decisions
+compared exactly.
 
 `ALADIN_GOLDEN` may name a folder with detector/ in it, or that folder itself."""
 import json
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from aladin.data.boxes import box_iou, cell_anchors, clip_boxes, decode_boxes, grid_anchors, nms, not_small, resized_size, roi_align
+from aladin.data.boxes import (box_iou, cell_anchors, clip_boxes, decode_boxes, grid_anchors, nms, not_small,
+                               resized_size, roi_align)
 from aladin.data.selection import select_detections
 
 here = Path(os.environ.get("ALADIN_GOLDEN") or Path(__file__).parent/"golden")
-golden = next((p for p in (here/"detector", here) if (p/"roi_align.npz").exists()), Path(__file__).parent/"golden"/"detector")
+golden = next((p for p in (here/"detector", here) if (p/"roi_align.npz").exists()),
+              Path(__file__).parent/"golden"/"detector")
 
 
 def recorded(name):
@@ -71,8 +74,9 @@ def test_selection(case):
     "Each recorded setting: labels, scores and boxes exactly, and the features of the same proposals."
     r, name = recorded("filters"), case["name"]
     deltas = None if case["ignore_box_regression"] else r["in.deltas"]
-    found = select_detections(r["in.logits"], deltas, r["in.boxes"], r["in.size"].tolist(), case["nms_filter"], case["score_thresh"], case["min_detections"],
-                              case["max_detections"], case["ops"] == "own")
+    found = select_detections(
+        r["in.logits"], deltas, r["in.boxes"], r["in.size"].tolist(), case["nms_filter"], case["score_thresh"],
+        case["min_detections"], case["max_detections"], case["ops"] == "own")
     assert len(found.rows) == case["kept"]
     for what in ("labels", "scores", "boxes"): assert torch.equal(getattr(found, what), r[f"{name}.{what}"]), what
     if f"{name}.features" in r: assert torch.equal(r["in.features"][found.rows], r[f"{name}.features"])

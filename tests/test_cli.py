@@ -29,15 +29,16 @@ def work(tmp_path_factory): return tmp_path_factory.mktemp("cli")
 @pytest.fixture(scope="module", params=["checkpoint.pth.tar", "checkpoint_zip.pth.tar"])
 def model(request, work):
     out = work/request.param.split(".")[0]
-    assert main(["convert", "--checkpoint", str(golden/request.param), "--oscar", str(golden/"oscar_ckpt"), "--out", str(out)]) == 0
+    assert main(["convert", "--checkpoint", str(golden/request.param), "--oscar", str(golden/"oscar_ckpt"),
+                 "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def embeddings(model):
     out = model/"embeddings.safetensors"
-    assert main(["encode", "--model", str(model), "--data", str(golden/"data"), "--features", str(golden/"feats"), "--split", "test",
-                 "--keys", "test_img_keys.tsv", "--out", str(out)]) == 0
+    assert main(["encode", "--model", str(model), "--data", str(golden/"data"), "--features", str(golden/"feats"),
+                 "--split", "test", "--keys", "test_img_keys.tsv", "--out", str(out)]) == 0
     return out
 
 
@@ -71,7 +72,8 @@ def test_metrics(embeddings, head):
 
 def test_1k_keys_on_encoded_file(embeddings):
     out = embeddings.parent/"1k.json"
-    assert main(["evaluate", "--embeddings", str(embeddings), "--head", "matching", "--keys", str(golden/"data"/"test_img_keys_1k.tsv"), "--json", str(out)]) == 0
+    assert main(["evaluate", "--embeddings", str(embeddings), "--head", "matching",
+                 "--keys", str(golden/"data"/"test_img_keys_1k.tsv"), "--json", str(out)]) == 0
     want = np.load(golden/"expected"/"evaluation.npz")["test1k_i2t_matching_metrics"]
     np.testing.assert_allclose(json.loads(out.read_text())["i2t"]["r1"], want[0], atol=1e-6)
 
@@ -79,7 +81,8 @@ def test_1k_keys_on_encoded_file(embeddings):
 def test_evaluation_protocols(embeddings, tmp_path, capsys):
     "Folds, intervals, NDCG and human judgements from the command, held to the functions and to each other."
     out = tmp_path/"m.json"
-    evaluate = lambda *more: main(["evaluate", "--embeddings", str(embeddings), "--head", "alignment", "--json", str(out), *more])
+    evaluate = lambda *more: main([
+        "evaluate", "--embeddings", str(embeddings), "--head", "alignment", "--json", str(out), *more])
     assert evaluate("--intervals", "--ndcg", "--data", str(golden/"data"), "--cache", str(tmp_path/"cache")) == 0
     m = json.loads(out.read_text())
     for d in ("i2t", "t2i"):
@@ -95,15 +98,20 @@ def test_evaluation_protocols(embeddings, tmp_path, capsys):
     assert json.loads(out.read_text())["t2i"] == evaluate_embeddings(e, ("alignment",), bank=e)["alignment"]["t2i"]
     (tmp_path/"names.tsv").write_text("".join(f"{i}\t{i}.jpg\ttest\n" for i in e.image_ids))
     scores = score_matrix(e)
-    (tmp_path/"expert.txt").write_text("".join(f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t" + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n" for i in range(8) for c in range(8) for k in range(5)))
+    (tmp_path/"expert.txt").write_text("".join(
+        f"{e.image_ids[i]}.jpg\t{e.image_ids[c]}.jpg#{k}\t"
+        + "\t".join(f"{scores[i, 5*c + k]:.4f}" for _ in range(3)) + "\n"
+        for i in range(8) for c in range(8) for k in range(5)))
     assert evaluate("--judgements", str(tmp_path/"expert.txt"), "--names", str(tmp_path/"names.tsv")) == 0
     assert json.loads(out.read_text())["judgements"] == pytest.approx(dict(tau_b=1, rho=1, pairs=320), abs=1e-2)
-    for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"), (["--folds", "7"], "multiple of 7"), (["--folds", "5", "--bank", "x"], "--bank")):
+    for options,word in ((["--ndcg"], "--data"), (["--judgements", "x"], "--names"),
+                         (["--folds", "7"], "multiple of 7"), (["--folds", "5", "--bank", "x"], "--bank")):
         assert evaluate(*options) == 2 and word in capsys.readouterr().err
 
 
 def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
-    "Cut off amid the images and again amid the captions, the same call encodes only what is missing, and the file is the same."
+    """Cut off amid the images and again amid the captions, the same call encodes only what is missing, and the file is
+    the same."""
     model = model_from_original(golden/"checkpoint.pth.tar", golden/"oscar_ckpt")
     processor = AladinProcessor.from_pretrained(golden/"oscar_ckpt", DataSettings(max_tokens=20, max_regions=12))
     data = open_split(golden/"data", "train", processor, golden/"feats")
@@ -129,13 +137,18 @@ def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command):
-    done = subprocess.run([sys.executable, "-c", "from aladin.cli.main import main; main()", *command.split(), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from aladin.cli.main import main; main()", *command.split(), "--help"],
+        capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout
-    if command: assert f"aladin {command} " in done.stdout.split("example:")[1] or "aladin results" in done.stdout.split("example:")[1]
+    if command:
+        assert (f"aladin {command} " in done.stdout.split("example:")[1]
+                or "aladin results" in done.stdout.split("example:")[1])
 
 
 def test_bad_input_leaves_nothing(tmp_path, capsys):
-    assert main(["convert", "--checkpoint", str(tmp_path/"none.pth.tar"), "--oscar", str(golden/"oscar_ckpt"), "--out", str(tmp_path/"model")]) == 2
+    assert main(["convert", "--checkpoint", str(tmp_path/"none.pth.tar"), "--oscar", str(golden/"oscar_ckpt"),
+                 "--out", str(tmp_path/"model")]) == 2
     assert "none.pth.tar" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

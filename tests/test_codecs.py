@@ -38,7 +38,8 @@ def spread(rng, rows, dim):
     return values/np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def codec_of(name, vectors): return train_codec(name, vectors, iterations=6) if name in LEARNED else open_codec("nowhere", name)
+def codec_of(name, vectors):
+    return train_codec(name, vectors, iterations=6) if name in LEARNED else open_codec("nowhere", name)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -64,7 +65,8 @@ def test_round_trip_and_cosines(name, tmp_path):
 
 def test_a_learned_rotation_pays():
     vectors = spread(np.random.default_rng(0), 2000, 64)
-    errors = [((c.decode(c.encode(vectors)) - vectors)**2).sum(1).mean() for c in (codec_of(n, vectors) for n in ("pq32", "opq32"))]
+    errors = [((c.decode(c.encode(vectors)) - vectors)**2).sum(1).mean()
+              for c in (codec_of(n, vectors) for n in ("pq32", "opq32"))]
     assert errors[1] < .5*errors[0]
 
 
@@ -83,7 +85,8 @@ def test_scores_of_candidates(aggregation, regions):
         cosines = codec.decode(codes[at:at + length]) @ query.T
         table = cosines if regions else cosines.T
         by_token, by_region = (np.maximum(table.max(axis, initial=-1), 0) for axis in (0, 1))
-        expected = dict(MrSw=by_token.sum(), MwSr=by_region.sum(), symm=by_token.sum() + by_region.sum(), MrAVGw=by_token.sum()/max(1, len(by_token)))
+        expected = dict(MrSw=by_token.sum(), MwSr=by_region.sum(), symm=by_token.sum() + by_region.sum(),
+                        MrAVGw=by_token.sum()/max(1, len(by_token)))
         assert abs(score - expected[aggregation]) < 1e-5
 
 
@@ -102,7 +105,8 @@ def write(store, rng, ids, **more):
     "Items with sets of up to four rows."
     lengths = rng.integers(0, 5, len(ids))
     sets = spread(rng, int(lengths.sum()), DIM)
-    store.write(dict(ids=ids, owners=ids, source="x", texts=ids) | more, vectors=unit(rng, len(ids), DIM), sets=sets, offsets=np.cumsum([0, *lengths]))
+    store.write(dict(ids=ids, owners=ids, source="x", texts=ids) | more, vectors=unit(rng, len(ids), DIM), sets=sets,
+                offsets=np.cumsum([0, *lengths]))
     return {i: sets[end - n:end] for i, n, end in zip(ids, lengths, lengths.cumsum())}
 
 
@@ -116,7 +120,9 @@ def test_a_store_keeps_its_codec(tmp_path, name, engine):
     for part in range(4): there |= write(store, rng, [str(i) for i in range(20*part, 20*part + 30)])
     store.write(dict(deleted=["5", "41"]))
     there.pop("5"), there.pop("41")
-    def content(store): return {i: (n, s) for o in store.live() for i, n, s in zip(o.ids, o.lengths, np.split(o.sets, o.lengths.cumsum()[:-1]))}
+    def content(store):
+        return {i: (n, s)
+                for o in store.live() for i, n, s in zip(o.ids, o.lengths, np.split(o.sets, o.lengths.cumsum()[:-1]))}
     before = content(store)
     assert store.compact() > 0 and len(store.names()) == 1
     again = content(SetStore(store.path, ("texts", "source"), DIM, name))
@@ -134,7 +140,8 @@ def test_one_codec_whoever_learns_it(tmp_path):
     digest = first.codec.digest
     second.learn(spread(rng, 400, DIM))
     assert second.codec.digest == digest and not (tmp_path/"images"/"codec.part").exists()
-    with pytest.raises(InputError, match="float16 or int8"): SetStore(tmp_path/"empty", dim=DIM, sets="pq32").learn(np.zeros((0, DIM), np.float32))
+    with pytest.raises(InputError, match="float16 or int8"):
+        SetStore(tmp_path/"empty", dim=DIM, sets="pq32").learn(np.zeros((0, DIM), np.float32))
     assert not (tmp_path/"empty").exists()
 
 
@@ -166,15 +173,18 @@ def made(tmp_path_factory):
     "A model, a split, and an index of it with opq32."
     folder = tmp_path_factory.mktemp("codecs")
     data, model = write_data(folder/"data", 30), write_model(folder/"model")
-    assert main(["index", "--model", str(model), "--data", str(data), "--out", str(folder/"opq32"), "--sets", "opq32"]) == 0
+    assert main(["index", "--model", str(model), "--data", str(data), "--out", str(folder/"opq32"),
+                 "--sets", "opq32"]) == 0
     return folder
 
 
-@pytest.mark.parametrize("how", ["gone", "no json", "version", "format", "name", "shape", "type", "cut", "bit", "narrow", "other"])
+@pytest.mark.parametrize("how", [
+    "gone", "no json", "version", "format", "name", "shape", "type", "cut", "bit", "narrow", "other"])
 def test_damage_is_refused(made, tmp_path, how):
     shutil.copytree(made/"opq32", tmp_path/"index")
     damage(tmp_path/"index", how)
-    with pytest.raises(InputError, match={"version": "update aladin", "no json": "write the file again"}.get(how, "build it again")):
+    with pytest.raises(InputError, match={
+            "version": "update aladin", "no json": "write the file again"}.get(how, "build it again")):
         SearchIndex.open(tmp_path/"index", load_model(made/"model")).search("a red fish")
 
 
@@ -187,7 +197,8 @@ def test_the_command_and_what_it_refuses(made, tmp_path, capsys):
     assert main([*words, str(tmp_path/"wide"), "--sets", "opq64"]) != 0
     assert "at most 32 bytes" in capsys.readouterr().err and not (tmp_path/"wide"/"index.json").exists()
     with pytest.raises(SystemExit): main([*words, str(tmp_path/"other"), "--sets", "zip"])
-    with pytest.raises(InputError, match="choose one of these"): SearchIndex.create(tmp_path/"other", load_model(made/"model"), sets="zip")
+    with pytest.raises(InputError, match="choose one of these"):
+        SearchIndex.create(tmp_path/"other", load_model(made/"model"), sets="zip")
     assert main(["search", "a red fish", "--index", str(made/"opq32"), "--show", str(tmp_path/"page.html")]) == 0
 
 
@@ -236,8 +247,10 @@ def test_without_torch(made):
     pytest.importorskip("onnxscript")
     for name in ("int8", "opq32"):
         folder = made/f"onnx-{name}"
-        assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(folder), "--sets", name]) == 0
-        if name == "int8": assert main(["export", "--index", str(folder), "--format", "onnx", "--out", str(made/"encoder")]) == 0
+        assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(folder),
+                     "--sets", name]) == 0
+        if name == "int8":
+            assert main(["export", "--index", str(folder), "--format", "onnx", "--out", str(made/"encoder")]) == 0
         one, other = OnnxIndex(folder, made/"encoder"), SearchIndex.open(folder)
         for text in ("a red fish", "two small dogs"):
             ours, theirs = one.search(text, 6, explain=True), other.search(text, 6, explain=True)
@@ -303,25 +316,31 @@ def benchmark(monkeypatch):
 
 
 def test_benchmark_of_codecs(made, tmp_path, benchmark):
-    "A small run writes the table and the figure; int8 keeps what float16 finds, and a row takes the bytes of its codec."
+    """A small run writes the table and the figure; int8 keeps what float16 finds, and a row takes the bytes of its
+    codec."""
     for name in ("one", "two"):
-        benchmark.codecs(Namespace(model=made/"model", data=made/"data", name=name, out=tmp_path, scratch=None, threads=1, seed=0, queries=5, note="A note."))
+        benchmark.codecs(Namespace(model=made/"model", data=made/"data", name=name, out=tmp_path, scratch=None,
+                                   threads=1, seed=0, queries=5, note="A note."))
     found = json.loads((tmp_path/"codecs_benchmark.json").read_text())
     rows = {row["codec"]: row for row in found["one"]["codecs"]}
     assert list(found) == ["one", "two"] and list(rows) == ["float16", "int8", "pq32", "opq32"]
-    assert rows["opq32"]["vector_bytes"] == 32 and rows["float16"]["vector_bytes"] == 64 and rows["opq32"]["codec_bytes"] > 0
+    assert (rows["opq32"]["vector_bytes"] == 32 and rows["float16"]["vector_bytes"] == 64
+            and rows["opq32"]["codec_bytes"] > 0)
     assert abs(rows["int8"]["t2i scanned R@10"] - rows["float16"]["t2i scanned R@10"]) < 5
     text = (tmp_path/"codecs_benchmark.md").read_text()
-    assert "A note." in text and text.count("| opq32 |") == 2 and (tmp_path/"codecs_benchmark.png").stat().st_size > 10_000
+    assert ("A note." in text and text.count("| opq32 |") == 2
+            and (tmp_path/"codecs_benchmark.png").stat().st_size > 10_000)
 
 
 def test_benchmark_of_a_collection(tmp_path, benchmark):
     "A small run finds the pictures that its queries were made of, and leaves nothing but the table."
     (tmp_path/"scratch").mkdir()
-    common = dict(regions=13, dim=48, clusters=50, queries=8, sets="opq32", seed=0, note="", build_threads=1, scratch=tmp_path/"scratch", out=tmp_path)
+    common = dict(regions=13, dim=48, clusters=50, queries=8, sets="opq32", seed=0, note="", build_threads=1,
+                  scratch=tmp_path/"scratch", out=tmp_path)
     for pictures in (60, 90): benchmark.collection(Namespace(pictures=pictures, **common))
     found = json.loads((tmp_path/"collection_benchmark.json").read_text())
     m = found["90 pictures, opq32"]
     assert len(found) == 2 and m["queries"] == 8 and m["right_candidates"] == 100 and m["right_first"] >= 50
     assert 90*13*32 <= m["disk"]["sets"] < 90*13*32 + 200 and m["disk"]["vectors"] >= 90*48*4
-    assert not list((tmp_path/"scratch").iterdir()) and "| 90 | opq32 |" in (tmp_path/"collection_benchmark.md").read_text()
+    assert (not list((tmp_path/"scratch").iterdir())
+            and "| 90 | opq32 |" in (tmp_path/"collection_benchmark.md").read_text())

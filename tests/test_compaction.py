@@ -16,8 +16,9 @@ def write(store, ids, version, source="x", **more):
     "Items whose vectors and sets say which item and version they are."
     vectors = np.array([[int(i), version, *[1]*(DIM - 2)] for i in ids], np.float32).reshape(-1, DIM)
     lengths = np.array([1 + int(i) % 3 for i in ids], np.int64)
-    return store.write(dict(ids=ids, owners=ids, source=source, texts=[f"{i} {version}" for i in ids], **more), vectors=vectors,
-                       sets=np.repeat(vectors, lengths, 0).astype(np.float16), offsets=np.concatenate([[0], lengths.cumsum()]))
+    return store.write(
+        dict(ids=ids, owners=ids, source=source, texts=[f"{i} {version}" for i in ids], **more), vectors=vectors,
+        sets=np.repeat(vectors, lengths, 0).astype(np.float16), offsets=np.concatenate([[0], lengths.cumsum()]))
 
 
 def content(store):
@@ -26,13 +27,15 @@ def content(store):
     for item, place in items.find(items.ids()).items():
         segment = store.segment(place[0])
         values, lengths = store.arrays([place])
-        found[item] = (segment.vectors[place[1]].tolist(), values.tolist(), lengths.tolist(), segment.about["texts"][place[1]], segment.about["source"])
+        found[item] = (segment.vectors[place[1]].tolist(), values.tolist(), lengths.tolist(),
+                       segment.about["texts"][place[1]], segment.about["source"])
     return found
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_history(tmp_path, monkeypatch, seed):
-    "What counts is the same before and after, to a reader that was there and to a new one; what does not count is gone."
+    """What counts is the same before and after, to a reader that was there and to a new one; what does not count is
+    gone."""
     monkeypatch.setattr(segments, "_PAUSE", 0)
     monkeypatch.setattr(segments, "_SMALL", 6)
     monkeypatch.setattr(segments, "_LARGE", 12)
@@ -57,7 +60,8 @@ def test_any_history(tmp_path, monkeypatch, seed):
 
 
 def test_readers_and_writers_at_once(tmp_path, monkeypatch):
-    "Items that count all the time are found at any time, with their sets, while others are replaced and segments are compacted."
+    """Items that count all the time are found at any time, with their sets, while others are replaced and segments are
+    compacted."""
     monkeypatch.setattr(segments, "_PAUSE", .01)
     store, failures, done = SetStore(tmp_path/"captions", ("texts", "source"), DIM), [], threading.Event()
     steady = [str(i) for i in range(50)]
@@ -84,7 +88,8 @@ def test_readers_and_writers_at_once(tmp_path, monkeypatch):
             except BaseException as e: return failures.append(e)
             time.sleep(.005)
 
-    threads = [threading.Thread(target=look, daemon=True) for _ in range(2)] + [threading.Thread(target=add, daemon=True)]
+    threads = ([threading.Thread(target=look, daemon=True) for _ in range(2)]
+               + [threading.Thread(target=add, daemon=True)])
     for t in threads: t.start()
     for _ in range(15):
         store.compact()
@@ -105,7 +110,9 @@ def test_a_mapped_file_stays_readable(tmp_path):
     assert mapped[:, 0].tolist() == [1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"adds": [], "replaces": [1]}', '{"adds": ["../x"], "replaces": []}', '{"adds": ["00000000000000000001-00000000"], "replaces": []}'])
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"adds": [], "replaces": [1]}', '{"adds": ["../x"], "replaces": []}',
+    '{"adds": ["00000000000000000001-00000000"], "replaces": []}'])
 def test_damaged_lists(tmp_path, text):
     store = SetStore(tmp_path/"captions", ("texts", "source"), DIM)
     write(store, ["1"], 0)

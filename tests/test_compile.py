@@ -1,4 +1,5 @@
-"training.compile: compiled layers give the values and gradients of plain ones, for batches of several sizes; needs a C++ compiler."
+"""training.compile: compiled layers give the values and gradients of plain ones, for batches of several sizes; needs a
+C++ compiler."""
 import shutil
 
 import pytest
@@ -13,7 +14,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile n
 
 def test_compiled_layers_are_the_plain_ones():
     torch.manual_seed(0)
-    model = AladinModel(AladinConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, region_dim=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, head_dropout=0.0)).train()
+    model = AladinModel(AladinConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, region_dim=10,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, head_dropout=0.0)).train()
 
     def run(lengths):
         model.zero_grad()
@@ -25,4 +28,5 @@ def test_compiled_layers_are_the_plain_ones():
     plain = [run(lengths) for lengths in sizes]
     model.backbone.compile_layers()
     for lengths, expected in zip(sizes, plain):
-        for a, b in zip(run(lengths), expected, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*max(1, b.abs().max().item()))
+        for a, b in zip(run(lengths), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*max(1, b.abs().max().item()))

@@ -1,4 +1,5 @@
-"""Evaluations of the field: equality with the package of ECCV Caption, streaming, protocols, significance, and what is refused."""
+"""Evaluations of the field: equality with the package of ECCV Caption, streaming, protocols, significance, and what is
+refused."""
 import json
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def best_ids(scores, names, k=100):
 
 @pytest.fixture(scope="module")
 def published():
-    "Embeddings, and the numbers of the package eccv_caption for them; its measures read the first R or K candidates only."
+    """Embeddings, and the numbers of the package eccv_caption for them; its measures read the first R or K candidates
+    only."""
     e, ids = coco_embeddings(0), coco_test_ids()
     images, captions = np.array(e.image_ids, np.int64), ids.caption.to_numpy(np.int64)
     scores = e.image_matching @ e.caption_matching.T
@@ -51,12 +53,14 @@ def published():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from eccv_caption import Metrics
-    metrics = Metrics().compute_all_metrics(i2t, t2i, ("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"), (1, 5, 10))
+    metrics = Metrics().compute_all_metrics(
+        i2t, t2i, ("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"), (1, 5, 10))
     return e, metrics
 
 
-@pytest.mark.parametrize("name, keys", [("eccv", {"map_at_r": "eccv_map_at_r", "r_precision": "eccv_rprecision", "r1": "eccv_r1"}),
-                                        ("cxc", {"r1": "cxc_r1", "r5": "cxc_r5", "r10": "cxc_r10"})])
+@pytest.mark.parametrize("name, keys", [
+    ("eccv", {"map_at_r": "eccv_map_at_r", "r_precision": "eccv_rprecision", "r1": "eccv_r1"}),
+    ("cxc", {"r1": "cxc_r1", "r5": "cxc_r5", "r10": "cxc_r10"})])
 def test_equals_the_package_of_eccv_caption(published, name, keys):
     e, theirs = published
     ours = extended_metrics(e, name, "matching")
@@ -75,7 +79,8 @@ def test_plain_recall_equals_the_package(published):
 
 
 def brute_ranks(scores, right):
-    "Ranks of the positives of one query by walking through the scores: of the wrong ones with an equal score, half come first."
+    """Ranks of the positives of one query by walking through the scores: of the wrong ones with an equal score, half
+    come first."""
     ranks, before = [], 0
     for value in sorted(set(scores.tolist()), reverse=True):
         here, wrong = (right & (scores == value)).sum(), (~right & (scores == value)).sum()
@@ -84,14 +89,16 @@ def brute_ranks(scores, right):
     return ranks
 
 
-@given(images=st.integers(1, 7), captions=st.integers(1, 4), levels=st.integers(1, 12), share=st.floats(.1, .9), seed=st.integers(0, 999), memory=st.sampled_from([1, 1e-9]))
+@given(images=st.integers(1, 7), captions=st.integers(1, 4), levels=st.integers(1, 12), share=st.floats(.1, .9),
+       seed=st.integers(0, 999), memory=st.sampled_from([1, 1e-9]))
 @settings(max_examples=60, deadline=None)
 def test_ranks_of_positives_by_definition(images, captions, levels, share, seed, memory):
     "Scores with many ties, any number of positives, positives that are lacking, any tile size."
     rng = np.random.default_rng(seed)
     scores = rng.integers(levels, size=(images, images*captions)).astype(np.float32)
     owner = torch.arange(images).repeat_interleave(captions)
-    source = Similarity("scores", scores, np.arange(images), np.arange(len(owner)), [str(i) for i in range(images)], None, owner)
+    source = Similarity(
+        "scores", scores, np.arange(images), np.arange(len(owner)), [str(i) for i in range(images)], None, owner)
     right = rng.random(scores.shape) < share
     right[0, 0] = True
     for by, s, r in (("images", scores, right), ("captions", scores.T, right.T)):
@@ -168,11 +175,13 @@ def test_both_forms_of_a_matrix_give_the_same(files, capsys):
 
 
 def test_judged_pairs_from_the_command(files, capsys):
-    assert run("evaluate", "--similarity", "five.npy", "--ids", "ids.csv", "--relevance", "judged.csv", "--json", "a.json", "--clip-benchmark", "b.json") == 0
+    assert run("evaluate", "--similarity", "five.npy", "--ids", "ids.csv", "--relevance", "judged.csv",
+               "--json", "a.json", "--clip-benchmark", "b.json") == 0
     assert "judged pairs, i2t map_at_r" in capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert found["judged"]["t2i"]["r1"] == pytest.approx(found["t2i"]["r1"])  # the pairs are the captions' own images
-    assert json.loads(Path("b.json").read_text())["metrics"]["image_retrieval_recall@1"] == pytest.approx(found["t2i"]["r1"]/100)
+    assert (json.loads(Path("b.json").read_text())["metrics"]["image_retrieval_recall@1"]
+            == pytest.approx(found["t2i"]["r1"]/100))
     assert run("evaluate", "--similarity", "scores.npy", "--beside", "b.json", "--name", "other") == 0
     assert "| five" in capsys.readouterr().out
 
@@ -214,7 +223,8 @@ def test_a_run_is_compared_with_a_matrix(files, capsys):
     assert Path("d.json").read_bytes() == before
     assert run("compare", "scores.npy", "other.npy", "--samples", "200", "--json", "d.json", "--force") == 0
     capsys.readouterr()
-    for words, said in ((("scores.npy", "ids.csv"), "check the path"), (("scores.npy", "."), "evaluated run"), (("scores.npy", "other.npy", "--figure", "d.txt"), ".png")):
+    for words, said in ((("scores.npy", "ids.csv"), "check the path"), (("scores.npy", "."), "evaluated run"),
+                        (("scores.npy", "other.npy", "--figure", "d.txt"), ".png")):
         assert run("compare", *words) == 2 and said in capsys.readouterr().err
 
 
@@ -233,10 +243,14 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("read, content", [
-    (read_ids, b"image,caption\n1,2\n1,3\n"), (read_judged_pairs, b"image,caption,relevance\n1,2,1\n1,3,0.5\n"),
-    (read_clip_benchmark, b'{"dataset": "d", "model": "m", "task": "zeroshot_retrieval", "metrics": {"image_retrieval_recall@5": 0.5}}'),
-    (lambda path: read_object_classes(path, ["1"]), b'{"images": [{"id": 1}], "categories": [{"id": 3}], "annotations": [{"image_id": 1, "category_id": 3}]}'),
-    (read_cxc_ratings, b"caption,image,agg_score,sampling_method\nCOCO_val2014_sentid:1,COCO_val2014_000000000007.jpg,4.5,c2i\n")])
+    (read_ids, b"image,caption\n1,2\n1,3\n"),
+    (read_judged_pairs, b"image,caption,relevance\n1,2,1\n1,3,0.5\n"),
+    (read_clip_benchmark,
+     b'{"dataset": "d", "model": "m", "task": "zeroshot_retrieval", "metrics": {"image_retrieval_recall@5": 0.5}}'),
+    (lambda path: read_object_classes(path, ["1"]),
+     b'{"images": [{"id": 1}], "categories": [{"id": 3}], "annotations": [{"image_id": 1, "category_id": 3}]}'),
+    (read_cxc_ratings,
+     b"caption,image,agg_score,sampling_method\nCOCO_val2014_sentid:1,COCO_val2014_000000000007.jpg,4.5,c2i\n")])
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_files_are_read_or_refused(tmp_path, read, content, place, byte, cut):

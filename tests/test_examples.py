@@ -1,7 +1,8 @@
 """Every command's help has an example that is run here, word for word.
 
-The examples name files: a working folder has small ones under those names. Its scenes.yaml has the tiny settings, which are found before the package's own.
-Left out are lines that need a network, a server or several processes; each command has at least one line that is run."""
+The examples name files: a working folder has small ones under those names. Its scenes.yaml has the tiny settings, which
+are found before the package's own. Left out are lines that need a network, a server or several processes; each command
+has at least one line that is run."""
 import contextlib
 import hashlib
 import io
@@ -34,10 +35,12 @@ from small_inputs import write_picture
 
 root = Path(__file__).resolve().parent.parent
 golden = root/"tests"/"golden"
-ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir", "--data coco_ir --name coco", "aladin results\n",
+ELSEWHERE = ("hub:", "http://", "ALADIN_VINVL_TOKEN", "torchrun", "flickr8k_source", "aladin verify coco_ir",
+             "--data coco_ir --name coco", "aladin results\n",
              "--data coco_ir --features vinvl\n", "train --run alad-alignment-triplet/seed-88")
-ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip", "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode",
-         "evaluate", "compare", "index", "search", "export", "serve", "search-study", "demo")
+ORDER = ("prepare", "convert-detector", "extract", "import", "regions", "convert-detections", "convert", "make-clip",
+         "fetch", "verify", "train", "plan", "lengths", "results", "reproduce", "stage", "encode", "evaluate",
+         "compare", "index", "search", "export", "serve", "search-study", "demo")
 
 
 def runnable(line): return not any(part in line + "\n" for part in ELSEWHERE)
@@ -59,25 +62,32 @@ def write_imports(folder):
     import_formats.write_hdf5_volta(folder, of)
     (folder/"boxes36.h5").rename(folder/"flickr30k_boxes36.h5")
     import_formats.write_results_csv(folder, of)
-    for name, some in dict(train=of[:6], test=of[6:]).items(): (folder/f"{name}.txt").write_text("".join(f"{p.name}.jpg\n" for p in some))
+    for name, some in dict(train=of[:6], test=of[6:]).items():
+        (folder/f"{name}.txt").write_text("".join(f"{p.name}.jpg\n" for p in some))
 
 
 def write_manifest(path, port, name, content):
     "A manifest of one file, which a server on this machine has."
-    file = dict(path=name, size=len(content), sha256=hashlib.sha256(content).hexdigest(), url=f"http://127.0.0.1:{port}/{name}", note="a file")
-    about = dict(name="mine", title="One file", kind="data set", licence="CC0", citation="none", homepage="https://example.org", note="for a test", files=[file])
+    file = dict(path=name, size=len(content), sha256=hashlib.sha256(content).hexdigest(),
+                url=f"http://127.0.0.1:{port}/{name}", note="a file")
+    about = dict(name="mine", title="One file", kind="data set", licence="CC0", citation="none",
+                 homepage="https://example.org", note="for a test", files=[file])
     path.write_text(yaml.safe_dump(about))
 
 
 def write_scores(folder, runs):
     "The test images' embeddings in two run folders, and another model's scores with ids and judged pairs."
     model = load_model(folder/"model")
-    encoded = encode_split(model, open_split(folder/"coco_ir", "test", model.checked_processor(), folder/"coco_ir"/"regions"), progress=False)
+    encoded = encode_split(
+        model, open_split(folder/"coco_ir", "test", model.checked_processor(), folder/"coco_ir"/"regions"),
+        progress=False)
     for run in runs: save_embeddings(encoded, folder/"results"/"scenes"/run/"seed-88"/"embeddings.safetensors")
     images = [encoded.image_ids[i] for i in encoded.caption_image.tolist()]
-    np.save(folder/"scores.npy", np.random.default_rng(0).standard_normal((len(encoded.image_ids), len(images)), dtype=np.float32))
+    np.save(folder/"scores.npy",
+            np.random.default_rng(0).standard_normal((len(encoded.image_ids), len(images)), dtype=np.float32))
     (folder/"ids.csv").write_text("image,caption\n" + "".join(f"{image},{c}\n" for c,image in enumerate(images)))
-    (folder/"judged.csv").write_text("image,caption,relevance\n" + "".join(f"{image},{c},1\n" for c,image in enumerate(images)))
+    (folder/"judged.csv").write_text(
+        "image,caption,relevance\n" + "".join(f"{image},{c},1\n" for c,image in enumerate(images)))
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +98,12 @@ def world(tmp_path_factory):
     shutil.copytree(folder/"coco_ir", folder/"vinvl")
     shutil.copytree(folder/"coco_ir", folder/"data")
     shutil.copytree(folder/"coco_ir", folder/"flickr8k")
-    for name in ("features.tsv", "features.lineidx", "imageid2idx.json", "predictions.tsv"): (folder/"coco_ir"/name).unlink()
+    for name in ("features.tsv", "features.lineidx", "imageid2idx.json", "predictions.tsv"):
+        (folder/"coco_ir"/name).unlink()
     shutil.copytree(folder/"vinvl", folder/"coco_ir"/"regions")
     for i in range(4): write_picture(folder/"photos"/f"{i}.jpg", seed=i)
-    (folder/"captions.csv").write_text("image,caption,split\n0.jpg,noise,train\n1.jpg,more noise,minival\n2.jpg,other noise,test\n")
+    (folder/"captions.csv").write_text(
+        "image,caption,split\n0.jpg,noise,train\n1.jpg,more noise,minival\n2.jpg,other noise,test\n")
     make_detector(folder/"models"/"detr")
     make_encoder(folder/"models"/"vision_clip")
     for path in (golden/"v2"/"feats").glob("detic.*"): shutil.copy(path, folder)

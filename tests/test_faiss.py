@@ -1,4 +1,5 @@
-"The engine with faiss beside exact search: additions, replacements and deletions in any order, damage, other processes, kills."
+"""The engine with faiss beside exact search: additions, replacements and deletions in any order, damage, other
+processes, kills."""
 import hashlib
 import json
 import os
@@ -80,13 +81,15 @@ def same_as_exact(engine, store, queries, k=10):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_changes(tmp_path, seed):
-    "Items are added, replaced and deleted, codes are written now and then, and the engine is opened again now and then."
+    """Items are added, replaced and deleted, codes are written now and then, and the engine is opened again now and
+    then."""
     rng, store = np.random.default_rng(seed), SetStore(tmp_path/"captions")
     engine, queries, last = FaissEngine(store), vectors_of([f"query {i}" for i in range(20)]), 0
     for step in range(14):
         new = captions(last, last := last + int(rng.integers(60, 250)))
         there = engine.ids()
-        chosen = [str(i) for i in rng.choice(there, min(len(there), int(rng.integers(0, 90))), replace=False)] if there else []
+        chosen = ([str(i) for i in rng.choice(there, min(len(there), int(rng.integers(0, 90))), replace=False)]
+                  if there else [])
         cut = len(chosen)//2
         engine.put(write(store, new + chosen[:cut], step, deleted=chosen[cut:]))
         if rng.random() < .5: engine.settle()
@@ -98,7 +101,8 @@ def test_any_order_of_changes(tmp_path, seed):
 
 
 def test_lists(tmp_path, monkeypatch):
-    "Many vectors are divided into lists; how many of them are read is chosen so that nearly all of the nearest are found."
+    """Many vectors are divided into lists; how many of them are read is chosen so that nearly all of the nearest are
+    found."""
     monkeypatch.setattr(coded, "LISTS", 2000)
     monkeypatch.setattr(coded, "_POOLS", (200, 300))  # fewer than half of the vectors, all of which would be compared
     store, engine = filled(tmp_path, 1900)
@@ -149,7 +153,8 @@ def test_many_deletions(tmp_path):
 
 
 def test_another_process_writes_first(tmp_path):
-    "Of two segments with the same number the one with the later name counts, also when codes have been made of it already."
+    """Of two segments with the same number the one with the later name counts, also when codes have been made of it
+    already."""
     store, engine = filled(tmp_path)
     name = store.names()[-1]
     store.next_name = lambda: f"{name[:20]}-00000000"
@@ -168,13 +173,16 @@ def damaged_codes(tmp_path):
 
 
 def test_damaged_bytes_are_found(tmp_path):
-    "A changed, missing or shorter file is an error before faiss reads it; a changed vector changes no more than its own score."
+    """A changed, missing or shorter file is an error before faiss reads it; a changed vector changes no more than its
+    own score."""
     store, folder, query = damaged_codes(tmp_path)
     rng = np.random.default_rng(0)
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         if path.name in ("vectors.npy", "about.json"): continue
-        for data in (b"", whole[:-1], whole + b"x", *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in rng.integers(len(whole), size=3))):
+        for data in (
+                b"", whole[:-1], whole + b"x",
+                *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in rng.integers(len(whole), size=3))):
             path.write_bytes(data)
             with pytest.raises(InputError, match="remove this folder"): FaissEngine(store)
         path.unlink()
@@ -192,12 +200,14 @@ def test_damaged_bytes_are_found(tmp_path):
     with pytest.raises(InputError, match="shape"): FaissEngine(store)
 
 
-@pytest.mark.parametrize("key", ["format", "version", "rows", "dim", "trained", "segments", "pool", "probes", "recall", "digests"])
+@pytest.mark.parametrize("key", [
+    "format", "version", "rows", "dim", "trained", "segments", "pool", "probes", "recall", "digests"])
 def test_damaged_description(tmp_path, key):
     "Any value in about.json is an error or leaves the answers right."
     store, folder, query = damaged_codes(tmp_path)
     about, expected = json.loads((folder/"about.json").read_text()), FaissEngine(store).search(query, 5)
-    for value in (None, -1, 0, 1, 10**30, "x", [], [1], ["x"], {}, {"codes.faiss": 3}, 1.5, True, about["segments"][:1]):
+    for value in (None, -1, 0, 1, 10**30, "x", [], [1], ["x"], {}, {"codes.faiss": 3}, 1.5, True,
+                  about["segments"][:1]):
         (folder/"about.json").write_text(json.dumps(about | {key: value}))
         try: found = FaissEngine(store).search(query, 5)
         except InputError: continue
@@ -221,7 +231,8 @@ def test_without_faiss(monkeypatch, tmp_path):
 
 
 def test_searches_beside_writers(tmp_path):
-    "Two engines search while another one adds and replaces items and writes codes: what counts all the time is always found."
+    """Two engines search while another one adds and replaces items and writes codes: what counts all the time is always
+    found."""
     store, engine = filled(tmp_path, 600)
     steady, failures, done = captions(0, 200), [], threading.Event()
     queries = vectors_of(steady[:20])
@@ -230,13 +241,15 @@ def test_searches_beside_writers(tmp_path):
         mine = FaissEngine(SetStore(store.path))
         while not done.is_set():
             try:
-                assert [o[0][0] for o in mine.search(queries, 1)] == steady[:20] and mine.find(steady).keys() == set(steady)
+                assert ([o[0][0] for o in mine.search(queries, 1)] == steady[:20]
+                        and mine.find(steady).keys() == set(steady))
             except BaseException as e: return failures.append(e)
 
     lookers = [threading.Thread(target=look) for _ in range(2)]
     for t in lookers: t.start()
     for step in range(8):
-        engine.put(write(store, [*captions(600 + 60*step, 660 + 60*step), *captions(400, 470)], step + 1, deleted=captions(300 + step, 301 + step)))
+        engine.put(write(store, [*captions(600 + 60*step, 660 + 60*step), *captions(400, 470)], step + 1,
+                         deleted=captions(300 + step, 301 + step)))
         engine.settle()
     done.set()
     for t in lookers: t.join()
@@ -247,7 +260,8 @@ def test_searches_beside_writers(tmp_path):
 # Whole indexes
 
 def test_command(tmp_path, monkeypatch, capsys):
-    "`--approximate` takes faiss; pictures are added, pruned and found; the engine is changed without encoding anything."
+    """`--approximate` takes faiss; pictures are added, pruned and found; the engine is changed without encoding
+    anything."""
     monkeypatch.setattr(coded, "FLAT", 16)
     monkeypatch.setattr(coded, "TAIL", 2)
     model, out = str(write_model(tmp_path/"model")), str(tmp_path/"index")

@@ -1,4 +1,5 @@
-"Bad captions, checkpoints, configurations and embeddings: each error names the file and the place in it and says how to mend it."
+"""Bad captions, checkpoints, configurations and embeddings: each error names the file and the place in it and says how
+to mend it."""
 import argparse, json, pickle, shutil, socket
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def fails(action, *names):
 
 
 def open_test(data, settings=None, **kwargs):
-    return open_split(data, "test", AladinProcessor.from_pretrained(golden/"oscar_ckpt", settings), golden/"feats", **kwargs)
+    return open_split(data, "test", AladinProcessor.from_pretrained(golden/"oscar_ckpt", settings),
+                      golden/"feats", **kwargs)
 
 
 def write_pickle(value, path): path.write_bytes(pickle.dumps(value, protocol=2))
@@ -62,14 +64,16 @@ def write_zip(value, path): torch.save(value, path)
 def write_old(value, path): torch.save(value, path, _use_new_zipfile_serialization=False)
 
 
-every_format = pytest.mark.parametrize("write", [write_zip, write_old, write_pickle, write_new_pickle], ids=["zip", "old", "pickle", "new pickle"])
+every_format = pytest.mark.parametrize(
+    "write", [write_zip, write_old, write_pickle, write_new_pickle], ids=["zip", "old", "pickle", "new pickle"])
 new_protocol = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 # Hidden code
 
 def refused(action, path, write):
-    "`action` names the hidden call, or for a pickle that torch cannot read says so, and never advises to read it unsafely."
+    """`action` names the hidden call, or for a pickle that torch cannot read says so, and never advises to read it
+    unsafely."""
     with pytest.raises(InputError) as error: action()
     message = str(error.value)
     assert str(path) in message and "Fix:" in message and "weights_only" not in message
@@ -124,28 +128,33 @@ prefix = "img_txt_enc.oscar_model.bert."
 
 def test_checkpoint_of_another_shape(spoilt):
     def widen(weights): weights[prefix+"img_embedding.weight"] = torch.zeros(48, 39)
-    fails(lambda: spoilt(widen), "checkpoint.pth.tar", "tensors", "other shape", "backbone.img_embedding.weight (48, 39) instead of (48, 38)")
+    fails(lambda: spoilt(widen), "checkpoint.pth.tar", "tensors", "other shape",
+          "backbone.img_embedding.weight (48, 39) instead of (48, 38)")
 
 
 def test_checkpoint_without_a_tensor(spoilt):
-    fails(lambda: spoilt(lambda weights: weights.pop(prefix+"img_embedding.bias")), "checkpoint.pth.tar", "missing: backbone.img_embedding.bias")
+    fails(lambda: spoilt(lambda weights: weights.pop(prefix+"img_embedding.bias")), "checkpoint.pth.tar",
+          "missing: backbone.img_embedding.bias")
 
 
 def test_checkpoint_with_a_foreign_tensor(spoilt):
-    fails(lambda: spoilt(lambda weights: weights.update(another=torch.zeros(1))), "checkpoint.pth.tar", "unknown: another")
+    fails(lambda: spoilt(lambda weights: weights.update(another=torch.zeros(1))), "checkpoint.pth.tar",
+          "unknown: another")
 
 
 def test_checkpoint_of_another_geometry(oscar):
     config = json.loads((oscar/"config.json").read_text())
     (oscar/"config.json").write_text(json.dumps(config | dict(intermediate_size=95)))
-    fails(lambda: AladinModel.from_original(golden/"checkpoint.pth.tar", oscar), "checkpoint.pth.tar", "intermediate.dense.weight (96, 48) instead of (95, 48)")
+    fails(lambda: AladinModel.from_original(golden/"checkpoint.pth.tar", oscar), "checkpoint.pth.tar",
+          "intermediate.dense.weight (96, 48) instead of (95, 48)")
     fails(lambda: AladinModel.from_original(None, oscar), "pytorch_model.bin", "other shape")
 
 
 @pytest.mark.parametrize("value", [[1, 2], dict(weights={})], ids=["list", "no model"])
 def test_file_that_is_no_checkpoint(tmp_path, value):
     torch.save(value, tmp_path/"other.pth.tar")
-    fails(lambda: AladinModel.from_original(tmp_path/"other.pth.tar", golden/"oscar_ckpt"), "other.pth.tar", "key model")
+    fails(lambda: AladinModel.from_original(tmp_path/"other.pth.tar", golden/"oscar_ckpt"),
+          "other.pth.tar", "key model")
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth.tar", "checkpoint_zip.pth.tar"])
@@ -157,7 +166,8 @@ def test_truncated_checkpoint(tmp_path, name, share):
 
 
 def test_missing_checkpoint(tmp_path):
-    fails(lambda: AladinModel.from_original(tmp_path/"none.pth.tar", golden/"oscar_ckpt"), tmp_path/"none.pth.tar", "nothing there")
+    fails(lambda: AladinModel.from_original(tmp_path/"none.pth.tar", golden/"oscar_ckpt"),
+          tmp_path/"none.pth.tar", "nothing there")
 
 
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin"])
@@ -167,7 +177,8 @@ def test_missing_oscar_file(oscar, name):
 
 
 def test_missing_oscar_folder(tmp_path):
-    fails(lambda: AladinModel.from_original(golden/"checkpoint.pth.tar", tmp_path/"none"), tmp_path/"none", "nothing there")
+    fails(lambda: AladinModel.from_original(golden/"checkpoint.pth.tar", tmp_path/"none"),
+          tmp_path/"none", "nothing there")
 
 
 def test_oscar_folder_without_a_key(oscar):
@@ -200,8 +211,13 @@ def test_missing_captions(data):
     fails(lambda: open_test(data), data/"test_captions.pt", "nothing there")
 
 
-@pytest.mark.parametrize("value, names", [({}, ["an empty split"]), (["a dog"], ["a mapping", "list"]), ({7: "[a dog"}, ["image 7", "JSON"]), ({7: "[]"}, ["image 7", "non-empty"]),
-                                          ({7: [1]}, ["image 7", "captions"])], ids=["empty", "list", "broken JSON", "no caption", "number"])
+@pytest.mark.parametrize("value, names", [
+    ({}, ["an empty split"]),
+    (["a dog"], ["a mapping", "list"]),
+    ({7: "[a dog"}, ["image 7", "JSON"]),
+    ({7: "[]"}, ["image 7", "non-empty"]),
+    ({7: [1]}, ["image 7", "captions"])
+], ids=["empty", "list", "broken JSON", "no caption", "number"])
 def test_malformed_captions(data, value, names):
     torch.save(value, data/"test_captions.pt")
     fails(lambda: open_test(data), data/"test_captions.pt", *names)
@@ -217,7 +233,8 @@ def test_missing_key_file(data): fails(lambda: open_test(data, keys="none.tsv"),
 
 def test_key_without_captions(data):
     (data/"test_img_keys.tsv").write_text("123456789\n")
-    fails(lambda: open_test(data, keys="test_img_keys.tsv"), data/"test_img_keys.tsv", "image 123456789", "test_captions.pt")
+    fails(lambda: open_test(data, keys="test_img_keys.tsv"), data/"test_img_keys.tsv", "image 123456789",
+          "test_captions.pt")
 
 
 def test_image_without_features(data):
@@ -227,27 +244,38 @@ def test_image_without_features(data):
 
 # Configurations
 
-@pytest.mark.parametrize("line, key, near", [("loss: {margn: 0.1}", "loss.margn", "loss.margin"), ("trainin: {lr: 1}", "trainin", "training"),
-                                             ("training: {batchsize: 8}", "training.batchsize", "training.batch_size")])
+@pytest.mark.parametrize("line, key, near", [
+    ("loss: {margn: 0.1}", "loss.margn", "loss.margin"),
+    ("trainin: {lr: 1}", "trainin", "training"),
+    ("training: {batchsize: 8}", "training.batchsize", "training.batch_size")])
 def test_unknown_key(tmp_path, line, key, near):
     (tmp_path/"own.yaml").write_text(line)
     fails(lambda: load_config(tmp_path/"own.yaml"), tmp_path/"own.yaml", f"key {key}", f"did you mean {near}?")
 
 
-@pytest.mark.parametrize("group, key, near", [("training", "loss-typ", "loss-type"), ("model", "tern-layer", "tern-layers"), ("training", "marginn", "margin")])
+@pytest.mark.parametrize("group, key, near", [
+    ("training", "loss-typ", "loss-type"),
+    ("model", "tern-layer", "tern-layers"),
+    ("training", "marginn", "margin")])
 def test_unknown_key_of_the_authors(tmp_path, group, key, near):
     (tmp_path/"theirs.yaml").write_text(f"dataset: {{name: coco}}\n{group}: {{{key}: 1}}")
-    fails(lambda: load_config(tmp_path/"theirs.yaml"), tmp_path/"theirs.yaml", f"key {group}.{key}", f"did you mean {near}?")
+    fails(lambda: load_config(tmp_path/"theirs.yaml"), tmp_path/"theirs.yaml", f"key {group}.{key}",
+          f"did you mean {near}?")
 
 
-@pytest.mark.parametrize("values, names", [(dict(loss=dict(terms=["alignmnt"])), ["loss.terms", "alignment"]), (dict(training=dict(lr="fast")), ["training.lr", "float", "fast"]),
-                                           (dict(loss=dict(terms=["alignment", "matching"])), ["loss.weights", "2 numbers"]), (dict(model=[1]), ["model", "mapping"]),
-                                           (dict(model=dict(hidden_size=50)), ["model.attention_heads", "50"])], ids=["term", "type", "weights", "group", "heads"])
+@pytest.mark.parametrize("values, names", [
+    (dict(loss=dict(terms=["alignmnt"])), ["loss.terms", "alignment"]),
+    (dict(training=dict(lr="fast")), ["training.lr", "float", "fast"]),
+    (dict(loss=dict(terms=["alignment", "matching"])), ["loss.weights", "2 numbers"]),
+    (dict(model=[1]), ["model", "mapping"]),
+    (dict(model=dict(hidden_size=50)), ["model.attention_heads", "50"])
+], ids=["term", "type", "weights", "group", "heads"])
 def test_value_that_does_not_fit(values, names): fails(lambda: config_from_dict(values, "own.yaml"), "own.yaml", *names)
 
 
 def test_variant_of_the_authors_that_is_not_built():
-    fails(lambda: config_from_authors(dict(model={"depth-aggregation-matching": "transformer"}), "theirs.yaml"), "theirs.yaml", "model.depth-aggregation-matching", "transformer")
+    fails(lambda: config_from_authors(dict(model={"depth-aggregation-matching": "transformer"}), "theirs.yaml"),
+          "theirs.yaml", "model.depth-aggregation-matching", "transformer")
 
 
 @pytest.mark.parametrize("content, found", [(None, "nothing there"), ("loss: [", "YAML")], ids=["missing", "broken"])
@@ -266,13 +294,15 @@ def model(): return AladinModel.from_original(golden/"checkpoint.pth.tar", golde
 def test_a_text_model_that_hides_code(tmp_path, model, marker, write):
     (tmp_path/"text").mkdir()
     write(dict(weights=Hostile(marker)), tmp_path/"text"/"pytorch_model.bin")
-    BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32).save_pretrained(tmp_path/"text")
+    BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+               intermediate_size=32).save_pretrained(tmp_path/"text")
     fails(lambda: start_from_text_model(model, str(tmp_path/"text")), tmp_path/"text", "model.init_from", "safetensors")
 
 
 def test_a_missing_text_model_is_not_asked_of_a_hub(model, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
-    fails(lambda: start_from_text_model(model, "models/not-here"), "models/not-here", "model.init_from", "nothing there", "aladin fetch")
+    fails(lambda: start_from_text_model(model, "models/not-here"), "models/not-here", "model.init_from",
+          "nothing there", "aladin fetch")
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "models/not-here"])
@@ -287,7 +317,8 @@ def embeddings(model): return encode_split(model, open_test(golden/"data", keys=
 
 def test_features_of_another_width(model):
     regions = type("Regions", (), dict(dim=model.config.region_dim+1))()
-    fails(lambda: encode_split(model, type("Data", (), dict(regions=regions))(), progress=False), "regions", "feature width", model.config.region_dim)
+    fails(lambda: encode_split(model, type("Data", (), dict(regions=regions))(), progress=False), "regions",
+          "feature width", model.config.region_dim)
 
 
 @pytest.mark.parametrize("share", [0, .01, .5, .999], ids=lambda o: f"{100*o:g} %")
@@ -299,7 +330,8 @@ def test_truncated_embeddings(tmp_path, embeddings, share):
     fails(lambda: load_embeddings(path), path, "file")
 
 
-def test_missing_embeddings(tmp_path): fails(lambda: load_embeddings(tmp_path/"none.safetensors"), tmp_path/"none.safetensors", "nothing there")
+def test_missing_embeddings(tmp_path):
+    fails(lambda: load_embeddings(tmp_path/"none.safetensors"), tmp_path/"none.safetensors", "nothing there")
 
 
 def test_foreign_safetensors(tmp_path, model):

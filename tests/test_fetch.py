@@ -1,4 +1,5 @@
-"Fetching from a server that fails, stalls, cuts off, refuses and lies: what comes is whole or nothing, and each error says what to do."
+"""Fetching from a server that fails, stalls, cuts off, refuses and lies: what comes is whole or nothing, and each error
+says what to do."""
 import hashlib, json, sys, threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status, headers={}):
         self.send_response(status)
         for name,value in headers.items(): self.send_header(name, value)
-        if status in (403, 409): self.send_header("x-ms-error-code", {403: "AuthenticationFailed", 409: "PublicAccessNotPermitted"}[status])
+        if status in (403, 409):
+            self.send_header("x-ms-error-code", {403: "AuthenticationFailed", 409: "PublicAccessNotPermitted"}[status])
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -71,7 +73,8 @@ def no_proxy(monkeypatch):
 @pytest.fixture
 def server():
     server = Server(("127.0.0.1", 0), Handler)
-    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = body,'"1"',[],[],True,"application/octet-stream",threading.Event()
+    server.body,server.etag,server.mishaps,server.asked,server.ranges,server.kind,server.over = (
+        body,'"1"',[],[],True,"application/octet-stream",threading.Event())
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield server
     server.over.set()
@@ -81,14 +84,17 @@ def server():
 
 @pytest.fixture
 def manifest(server):
-    file = ManifestFile("sub/a.bin", len(body), hashlib.sha256(body).hexdigest(), url=f"http://127.0.0.1:{server.server_port}/a.bin")
+    file = ManifestFile(
+        "sub/a.bin", len(body), hashlib.sha256(body).hexdigest(), url=f"http://127.0.0.1:{server.server_port}/a.bin")
     return Manifest("mine", "One file", "data set", "CC0", "none", "https://example.org", [file])
 
 
 def without_digest(manifest): return replace(manifest, files=[replace(manifest.files[0], size=None, sha256=None)])
 
 
-def get(manifest, folder, **options): return fetch(manifest, folder, **dict(dict(progress=False, timeout=.5, tries=3, wait=.01, say=lambda line: None), **options))
+def get(manifest, folder, **options):
+    return fetch(manifest, folder,
+                 **dict(dict(progress=False, timeout=.5, tries=3, wait=.01, say=lambda line: None), **options))
 
 
 def contents(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -169,8 +175,10 @@ def test_part_that_lacks_nothing(manifest, server, tmp_path, rest, asked):
     assert whole(tmp_path) and len(server.asked) == asked
 
 
-@pytest.mark.parametrize("given, names", [(body[:-1] + b"!", ["digest", hashlib.sha256(body).hexdigest(), hashlib.sha256(body[:-1] + b"!").hexdigest()]),
-                                          (body + b"!", ["size", f"{len(body)} bytes", f"{len(body)+1} bytes"])], ids=["digest", "size"])
+@pytest.mark.parametrize("given, names", [
+    (body[:-1] + b"!", ["digest", hashlib.sha256(body).hexdigest(), hashlib.sha256(body[:-1] + b"!").hexdigest()]),
+    (body + b"!", ["size", f"{len(body)} bytes", f"{len(body)+1} bytes"])
+], ids=["digest", "size"])
 def test_wrong_bytes_leave_nothing(manifest, server, tmp_path, given, names):
     server.body = given
     refused(manifest, tmp_path, "a.bin", *names)
@@ -180,13 +188,15 @@ def test_wrong_bytes_leave_nothing(manifest, server, tmp_path, given, names):
 def test_md5(manifest, server, tmp_path):
     manifest.files = [replace(manifest.files[0], sha256=None, md5=hashlib.md5(body).hexdigest())]
     get(manifest, tmp_path/"right")
-    assert json.loads((tmp_path/"right"/".mine.sha256.json").read_text())["sub/a.bin"]["sha256"] == hashlib.sha256(body).hexdigest()
+    assert (json.loads((tmp_path/"right"/".mine.sha256.json").read_text())["sub/a.bin"]["sha256"]
+            == hashlib.sha256(body).hexdigest())
     server.body = body[::-1]
     refused(manifest, tmp_path/"wrong", hashlib.md5(body).hexdigest())
 
 
 def test_wrong_file_is_replaced(manifest, server, tmp_path):
-    for m,content in ((manifest, b"x"), (manifest, body[::-1]), (replace(manifest, files=[replace(manifest.files[0], sha256=None)]), b"x")):
+    for m,content in ((manifest, b"x"), (manifest, body[::-1]),
+                      (replace(manifest, files=[replace(manifest.files[0], sha256=None)]), b"x")):
         (tmp_path/"sub").mkdir(exist_ok=True)
         (tmp_path/"sub"/"a.bin").write_bytes(content)
         get(m, tmp_path)
@@ -197,7 +207,8 @@ def test_recorded_digest_holds(manifest, server, tmp_path):
     loose = without_digest(manifest)
     get(loose, tmp_path)
     record = json.loads((tmp_path/".mine.sha256.json").read_text())["sub/a.bin"]
-    assert (record["sha256"], record["size"], record["url"]) == (hashlib.sha256(body).hexdigest(), len(body), manifest.files[0].url)
+    assert ((record["sha256"], record["size"], record["url"])
+            == (hashlib.sha256(body).hexdigest(), len(body), manifest.files[0].url))
     assert verify(loose, tmp_path) == []
     (tmp_path/"sub"/"a.bin").write_bytes(body[::-1])
     assert [o.problem for o in verify(loose, tmp_path)] == ["wrong hash"]
@@ -213,11 +224,15 @@ def test_broken_record(manifest, tmp_path):
     refused(manifest, tmp_path, ".mine.sha256.json", "remove this file")
 
 
-@pytest.mark.parametrize("status, code", [(403, "AuthenticationFailed"), (409, "PublicAccessNotPermitted"), (401, "Unauthorized")])
+@pytest.mark.parametrize("status, code", [
+    (403, "AuthenticationFailed"),
+    (409, "PublicAccessNotPermitted"),
+    (401, "Unauthorized")])
 def test_token(manifest, server, tmp_path, monkeypatch, status, code):
     manifest.token = "ALADIN_TEST_TOKEN"
     server.mishaps = [status]*2
-    refused(manifest, tmp_path, f"status {status} ({code})", "ALADIN_TEST_TOKEN is not set", "https://example.org", "ALADIN_TEST_TOKEN='")
+    refused(manifest, tmp_path, f"status {status} ({code})", "ALADIN_TEST_TOKEN is not set", "https://example.org",
+            "ALADIN_TEST_TOKEN='")
     monkeypatch.setenv("ALADIN_TEST_TOKEN", "?" + secret)
     message = refused(manifest, tmp_path, f"status {status}", "expired", "https://example.org")
     assert "sig" not in message and len(server.asked) == 2
@@ -278,7 +293,11 @@ def test_commands(written, server, tmp_path, capsys):
     assert "wrong size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, says", [("scenes", "aladin prepare --data scenes"), ("flickr8k", "aladin fetch flickr8k_source"), ("aladin_best", "drive.google.com"), ("coco_it", "write 'coco_ir'")])
+@pytest.mark.parametrize("name, says", [
+    ("scenes", "aladin prepare --data scenes"),
+    ("flickr8k", "aladin fetch flickr8k_source"),
+    ("aladin_best", "drive.google.com"),
+    ("coco_it", "write 'coco_ir'")])
 def test_command_without_an_address(tmp_path, capsys, name, says):
     assert main(["fetch", name, "--out", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err and contents(tmp_path) == []

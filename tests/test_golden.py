@@ -1,8 +1,7 @@
 """Parity with arrays recorded from the reference program (tests/golden/README.md).
 
-`ALADIN_GOLDEN` names another recorded folder of the same form: one that holds v1, or v1 itself. Sizes, splits, configurations and cases are
-read from its files.
-"""
+`ALADIN_GOLDEN` names another recorded folder of the same form: one that holds v1, or v1 itself. Sizes, splits,
+configurations and cases are read from its files."""
 import copy, json, os, re
 from argparse import Namespace
 from dataclasses import replace
@@ -67,7 +66,8 @@ def names(name, pattern):
 
 def close(actual, expected, atol=0.0, rtol=0.0, what=""):
     "Equal within the tolerances; nan only where nan is expected."
-    actual,expected = (np.asarray(o.detach() if torch.is_tensor(o) else o, dtype=np.float64) for o in (actual, expected))
+    actual,expected = (np.asarray(o.detach() if torch.is_tensor(o) else o, dtype=np.float64)
+                       for o in (actual, expected))
     np.testing.assert_allclose(actual, expected, atol=atol, rtol=rtol, equal_nan=True, err_msg=what)
 
 
@@ -90,10 +90,12 @@ def tokenizer(): return load_tokenizer(v1/"oscar_ckpt")
 
 @cache
 def split_data(name):
-    "A split by its recorded name: `test` with test_img_keys.tsv, `test1k` with test_img_keys_1k.tsv, others without a key file."
+    """A split by its recorded name: `test` with test_img_keys.tsv, `test1k` with test_img_keys_1k.tsv, others without a
+    key file."""
     split,part = re.fullmatch(r"(\D+)(\d+k)?", name).groups()
     keys = v1/"data"/f"{split}_img_keys{'_'+part if part else ''}.tsv"
-    return open_split(v1/"data", split, AladinProcessor(tokenizer(), settings()), v1/"feats", keys if keys.exists() else None)
+    return open_split(v1/"data", split, AladinProcessor(tokenizer(), settings()), v1/"feats",
+                      keys if keys.exists() else None)
 
 
 @cache
@@ -131,7 +133,8 @@ def same_tokens(tokens, prefix):
 
 def test_edge_texts():
     tokens = same_tokens(tokenize(tokenizer(), recorded_json("edge_texts"), settings().max_tokens), "edge")
-    assert np.array_equal(tokens.lengths, arrays("tokenize")["edge_len"]) and not arrays("tokenize")["edge_segment_ids"].any()
+    assert (np.array_equal(tokens.lengths, arrays("tokenize")["edge_len"])
+            and not arrays("tokenize")["edge_segment_ids"].any())
 
 
 @pytest.mark.parametrize("split", splits)
@@ -161,11 +164,13 @@ def test_image_tokens(split):
     assert np.array_equal(batch.tags.lengths, t[f"{split}_img_label_len"])
     assert np.array_equal(batch.regions.lengths, t[f"{split}_img_len"])
     assert np.array_equal(batch.regions.mask(both-width), t[f"{split}_img_attention_mask"][:, width:])
-    segments = Ragged((batch.tags.position > 0).long(), batch.tags.lengths)  # the backbone's rule; layer 0 below checks that it applies it
+    # the backbone's rule; layer 0 below checks that it applies it
+    segments = Ragged((batch.tags.position > 0).long(), batch.tags.lengths)
     assert np.array_equal(segments.padded(width), t[f"{split}_img_segment_ids"])
 
 
-@pytest.mark.parametrize("split, count", [re.fullmatch(r"(.+)_img_feats_first(\d+)", k).groups() for k in arrays("tokenize") if "_img_feats_first" in k])
+@pytest.mark.parametrize("split, count", [
+    re.fullmatch(r"(.+)_img_feats_first(\d+)", k).groups() for k in arrays("tokenize") if "_img_feats_first" in k])
 def test_region_features(split, count):
     regions = split_data(split).image_batch(range(int(count))).regions
     assert np.array_equal(regions.padded(settings().max_regions), arrays("tokenize")[f"{split}_img_feats_first{count}"])
@@ -188,7 +193,9 @@ def used(array, side):
 @cache
 def hidden_states(of):
     images,captions = forward_inputs()
-    with torch.no_grad(): return dict(img=of().backbone.encode_images(images, all_layers=True), txt=of().backbone.encode_captions(captions, all_layers=True))
+    with torch.no_grad():
+        return dict(img=of().backbone.encode_images(images, all_layers=True),
+                    txt=of().backbone.encode_captions(captions, all_layers=True))
 
 
 @cache
@@ -216,7 +223,8 @@ def test_hidden_states(side):
     recorded,ours = arrays("forward")[f"{side}_hidden_states"],hidden_states(model)[side]
     layers = json.loads((v1/"oscar_ckpt"/"config.json").read_text())["num_hidden_layers"]
     assert len(ours) == len(recorded) == layers+1
-    for layer,(a,b) in enumerate(zip(ours, recorded)): close(a.values, used(b, mask_of[side]), atol=1e-5, what=f"layer {layer}")
+    for layer,(a,b) in enumerate(zip(ours, recorded)):
+        close(a.values, used(b, mask_of[side]), atol=1e-5, what=f"layer {layer}")
     close(ours[-1].values, used(arrays("forward")[f"{side}_last_hidden"], mask_of[side]), atol=1e-5)
 
 
@@ -230,7 +238,9 @@ def test_attention_of_the_first_layer(side):
     own,hidden = model().backbone.encoder.layer[0].attention.self,hidden_states(model)[side][0]
     recorded,mask = tensor("forward", f"{side}_att_layer0"),tensor("forward", f"{mask_of[side]}_attention_mask").bool()
     for i,keep in enumerate(mask):
-        with torch.no_grad(): query,key = (f(hidden[i]).unflatten(-1, (recorded.shape[1], -1)).transpose(0, 1) for f in (own.query, own.key))
+        with torch.no_grad():
+            query,key = (f(hidden[i]).unflatten(-1, (recorded.shape[1], -1)).transpose(0, 1)
+                         for f in (own.query, own.key))
         weights = (query @ key.mT / query.shape[-1]**.5).softmax(-1)
         close(weights, recorded[i][:, keep][:, :, keep], atol=1e-5, what=f"item {i}")
 
@@ -239,7 +249,8 @@ def test_attention_of_the_first_layer(side):
 def test_embeddings_and_sets_of_the_batch(side):
     images,captions = forward_inputs()
     with torch.no_grad():
-        hidden = model().backbone.regions_of(hidden_states(model)["img"][-1], images) if side == "img" else hidden_states(model)["txt"][-1]
+        hidden = (model().backbone.regions_of(hidden_states(model)["img"][-1], images) if side == "img"
+                  else hidden_states(model)["txt"][-1])
         close(model().matching(hidden), arrays("forward")[f"{side}_emb"], atol=1e-5)
         encoded = model().encode_image_batch(images) if side == "img" else model().encode_caption_batch(captions)
     close(encoded.matching, arrays("forward")[f"{side}_emb"], atol=1e-5)
@@ -258,15 +269,18 @@ def test_every_checkpoint_format(path):
 
 @pytest.mark.parametrize("side", mask_of)
 def test_oscar_folder_alone(side):
-    close(hidden_states(oscar_model)[side][-1].values, used(arrays("forward")[f"oscar_{side}_last_hidden"], mask_of[side]), atol=1e-5)
+    close(hidden_states(oscar_model)[side][-1].values,
+          used(arrays("forward")[f"oscar_{side}_last_hidden"], mask_of[side]), atol=1e-5)
 
 
 def test_oscar_folder_alone_pooled():
     close(pooled(oscar_model, "img"), arrays("forward")["oscar_img_pooled"], atol=1e-5)
-    with torch.no_grad(): close(oscar_model().classifier(pooled(oscar_model, "img")), arrays("forward")["oscar_logits_img"], atol=1e-5)
+    with torch.no_grad():
+        close(oscar_model().classifier(pooled(oscar_model, "img")), arrays("forward")["oscar_logits_img"], atol=1e-5)
 
 
-# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are still in them.
+# Alignment. The recorded sets are padded and not normalised; region 0, [CLS] and the last two columns are
+# still in them.
 
 cases = names("alignment", r"(.+)_im_set")
 modes = names("alignment", rf"(?:{'|'.join(cases)})_(.+)_scores")
@@ -306,13 +320,15 @@ def test_alignment_losses(case, mode):
     "The recorded scores' triplet losses, with the hardest negatives and with all."
     scores = tensor("alignment", f"{case}_{mode}_scores")
     for kind,hardest in (("maxviol", True), ("sum", False)):
-        close(triplet_loss(scores, max_violation=hardest), arrays("alignment")[f"{case}_{mode}_loss_{kind}"], rtol=1e-5, what=kind)
+        close(triplet_loss(scores, max_violation=hardest), arrays("alignment")[f"{case}_{mode}_loss_{kind}"],
+              rtol=1e-5, what=kind)
 
 
 @pytest.mark.parametrize("kind", ["gradsum", "gradloss"])
 @pytest.mark.parametrize("case, mode", with_gradient)
 def test_alignment_gradients(case, mode, kind):
-    sets = [tensor("alignment", f"{case}_{o}").double().requires_grad_() for o in ("im_set", "s_seq")]  # only the recording's rounding counts
+    # only the recording's rounding counts
+    sets = [tensor("alignment", f"{case}_{o}").double().requires_grad_() for o in ("im_set", "s_seq")]
     scores = padded_scores(*sets, case, mode)
     (scores.sum() if kind == "gradsum" else triplet_loss(scores)).backward()
     for side,leaf in zip(("im", "s"), sets):
@@ -330,8 +346,10 @@ def padding(lengths, width): return "none" if min(lengths) == width else "some" 
 def clamp_like_reference(case, mode):
     "The `clamp` that a padded case amounts to; None where ragged sets mean something else."
     a = arrays("alignment")
-    regions,words = padding(a[f"{case}_im_len"], a[f"{case}_im_set"].shape[1]),padding(a[f"{case}_s_len"], a[f"{case}_s_seq"].shape[1])
-    if mode == "mean": return "batch" if regions == words == "none" else None  # the reference divides by the padded size
+    regions,words = (padding(a[f"{case}_im_len"], a[f"{case}_im_set"].shape[1]),
+                     padding(a[f"{case}_s_len"], a[f"{case}_s_seq"].shape[1]))
+    # the reference divides by the padded size
+    if mode == "mean": return "batch" if regions == words == "none" else None
     if mode in ("symm", "MwSr") and (regions == "all") != (words == "all"): return None
     return "always" if regions == "all" else "batch"
 
@@ -344,7 +362,8 @@ def test_alignment_of_ragged_sets(case, mode):
     head = AlignmentHead(mode)
     regions = head.region_set(Ragged.stack([o[:n] for o,n in zip(a[f"{case}_im_set"], a[f"{case}_im_len"])]))
     words = head.word_set(Ragged.stack([a[f"{case}_s_seq"][j, :a[f"{case}_s_len"][j]] for j in kept]))
-    close(alignment_scores(regions, words, mode, clamp_like_reference(case, mode)), a[f"{case}_{mode}_scores"][:, kept], atol=1e-5)
+    close(alignment_scores(regions, words, mode, clamp_like_reference(case, mode)),
+          a[f"{case}_{mode}_scores"][:, kept], atol=1e-5)
 
 
 def test_ndcg():
@@ -353,13 +372,15 @@ def test_ndcg():
     assert ndcg(np.zeros_like(a["relevance"]), a["ranking"]).tolist() == [a["ndcg_zero"]]*len(a["ranking"])
 
 
-# Losses. Not covered, as no configuration reaches them: attention distillation, the permutation-invariant and the cross-entropy criterion.
+# Losses. Not covered, as no configuration reaches them: attention distillation, the permutation-invariant and the
+# cross-entropy criterion.
 
 @pytest.mark.parametrize("kind", ["maxviol", "sum"])
 @pytest.mark.parametrize("measure", names("losses", r"matching_(.+)_maxviol_loss"))
 def test_matching_loss(measure, kind):
     a,name = arrays("losses"),f"matching_{measure}_{kind}"
-    images,captions = (torch.from_numpy(a[k]*np.float32(f)).requires_grad_() for k,f in zip(("im", "s"), a["matching_input_scale"]))
+    images,captions = (torch.from_numpy(a[k]*np.float32(f)).requires_grad_()
+                       for k,f in zip(("im", "s"), a["matching_input_scale"]))
     scores = similarity(images, captions, measure)
     close(scores, a[f"{name}_scores"], atol=1e-5)
     loss = triplet_loss(scores, max_violation=kind == "maxviol")
@@ -372,12 +393,14 @@ def test_matching_loss(measure, kind):
 @pytest.mark.parametrize("mode", names("losses", r"distill_([a-z]+)_loss"))
 def test_distillation(mode):
     a,loss = arrays("losses"),DistillationLoss(mode)
-    teacher,student = tensor("losses", "teacher").clone().requires_grad_(),tensor("losses", "student").clone().requires_grad_()
+    teacher,student = (tensor("losses", "teacher").clone().requires_grad_(),
+                       tensor("losses", "student").clone().requires_grad_())
     value = loss(teacher, student)
     close(value, a[f"distill_{mode}_loss"], rtol=1e-5)
     value.backward()
     close(student.grad, a[f"distill_{mode}_grad_student"], atol=1e-5)
-    assert teacher.grad is None and torch.equal(teacher, tensor("losses", "teacher"))  # contrastive there zeroes the teacher's diagonal in place
+    # contrastive there zeroes the teacher's diagonal in place
+    assert teacher.grad is None and torch.equal(teacher, tensor("losses", "teacher"))
     if f"distill_{mode}_wb" in a:
         close(loss.wb, a[f"distill_{mode}_wb"])
         close(loss.wb.grad, a[f"distill_{mode}_grad_wb"], atol=1e-5)
@@ -403,13 +426,17 @@ def test_entropy():
     close(captions.grad, a["entropy_grad_s"], atol=1e-5)
 
 
-@pytest.mark.parametrize("wait, total", [(0, "auto_total"), (1, "auto_total_before_distill")], ids=["both", "before distillation"])
+@pytest.mark.parametrize("wait, total", [
+    (0, "auto_total"),
+    (1, "auto_total_before_distill")
+], ids=["both", "before distillation"])
 def test_automatic_weights(wait, total):
     a = arrays("losses")
     terms = [o for o in ("alignment", "matching", "distillation", "entropy") if f"auto_{o}" in a]
     criterion = Criterion(LossSettings(terms=terms, weights="auto", activate_distillation_after=wait))
     for weight in criterion.log_variance.values(): close(weight, a["auto_weight_init"], rtol=1e-6)
-    value,losses = criterion(tensor("alignment", "batch_MrSw_scores"), tensor("forward", "img_emb"), tensor("forward", "cap_emb"), epoch=0)
+    value,losses = criterion(
+        tensor("alignment", "batch_MrSw_scores"), tensor("forward", "img_emb"), tensor("forward", "cap_emb"), epoch=0)
     close(value, a[total].item(), rtol=1e-5)
     for term,loss in losses.items(): close(loss, a[f"auto_{term}"], rtol=1e-5, what=term)
 
@@ -447,20 +474,24 @@ def test_evaluation_embeddings(split):
     assert [int(o) for o in e.image_ids] == a[f"{split}_img_keys"].tolist()
     close(e.image_matching, a[f"{split}_img_emb"], atol=1e-5)
     close(e.caption_matching, a[f"{split}_cap_emb"], atol=1e-5)
-    assert np.array_equal(e.regions.lengths, a[f"{split}_img_len"]-1) and np.array_equal(e.words.lengths, (a[f"{split}_cap_len"]-3).clip(0))
+    assert (np.array_equal(e.regions.lengths, a[f"{split}_img_len"]-1)
+            and np.array_equal(e.words.lengths, (a[f"{split}_cap_len"]-3).clip(0)))
 
 
 @pytest.mark.parametrize("split", names("evaluation", r"(.+)_first_img_sets"))
 def test_evaluation_sets(split):
     "The stored sets hold the matching embedding at position 0; regions and words follow."
     a,e = arrays("evaluation"),embeddings(split)
-    for i,rows in enumerate(a[f"{split}_first_img_sets"]): close(e.regions[i], rows[1:a[f"{split}_img_len"][i]], atol=1e-5, what=f"image {i}")
-    for i,rows in enumerate(a[f"{split}_first_cap_sets"]): close(e.words[i], rows[1:a[f"{split}_cap_len"][i]-2], atol=1e-5, what=f"caption {i}")
+    for i,rows in enumerate(a[f"{split}_first_img_sets"]):
+        close(e.regions[i], rows[1:a[f"{split}_img_len"][i]], atol=1e-5, what=f"image {i}")
+    for i,rows in enumerate(a[f"{split}_first_cap_sets"]):
+        close(e.words[i], rows[1:a[f"{split}_cap_len"][i]-2], atol=1e-5, what=f"caption {i}")
 
 
 @pytest.mark.parametrize("head", heads)
 @pytest.mark.parametrize("split", evaluated)
-def test_evaluation_scores(split, head): close(scores(split, head), arrays("evaluation")[f"{split}_{head}_scores"], atol=1e-5)
+def test_evaluation_scores(split, head):
+    close(scores(split, head), arrays("evaluation")[f"{split}_{head}_scores"], atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
@@ -478,8 +509,10 @@ def test_evaluation_ranks_and_metrics(split, head, direction):
 
 @pytest.mark.parametrize("split", names("evaluation", r"(.+)_compute_recall"))
 def test_sum_of_recalls(split):
-    m,recorded = retrieval_metrics(scores(split, "matching"), embeddings(split).caption_image),arrays("evaluation")[f"{split}_compute_recall"]
-    if not all(arrays("evaluation")[f"{split}_{d}_matching_metrics_robust"] for d in ("i2t", "t2i")): pytest.skip("near ties decide")
+    m,recorded = (retrieval_metrics(scores(split, "matching"), embeddings(split).caption_image),
+                  arrays("evaluation")[f"{split}_compute_recall"])
+    if not all(arrays("evaluation")[f"{split}_{d}_matching_metrics_robust"] for d in ("i2t", "t2i")):
+        pytest.skip("near ties decide")
     close([m[d][k] for d in ("i2t", "t2i") for k in ("r1", "r5", "r10")] + [m["rsum"]], recorded, atol=1e-9)
 
 
@@ -507,7 +540,8 @@ def test_printed_figures(path):
             metrics = retrieval_metrics(scores(split, head), embeddings(split).caption_image)
             continue
         title,figures = line.split(":")
-        ours = [metrics["rsum"]] if title == "Sum score" else list(metrics["i2t" if title.endswith("Image to text") else "t2i"].values())
+        ours = ([metrics["rsum"]] if title == "Sum score"
+                else list(metrics["i2t" if title.endswith("Image to text") else "t2i"].values()))
         figures = re.findall(r"\d+\.\d+", figures.split("ndcg")[0])
         assert [f"{value:.{len(text.split('.')[1])}f}" for value,text in zip(ours, figures)] == figures, line
 
@@ -539,7 +573,8 @@ def owners(matrix): return torch.arange(len(matrix)).repeat_interleave(matrix.sh
 def rank_bounds(matrix, owner, direction, tolerance=2e-6):
     "Ranks if every candidate within the tolerance of the right one loses, and if all win."
     own = owner[None] == torch.arange(len(matrix))[:, None]
-    best,axis = (matrix.masked_fill(~own, -torch.inf).max(1, keepdim=True).values, 1) if direction == "i2t" else (matrix.gather(0, owner[None]), 0)
+    best,axis = ((matrix.masked_fill(~own, -torch.inf).max(1, keepdim=True).values, 1) if direction == "i2t"
+                 else (matrix.gather(0, owner[None]), 0))
     return [((matrix > best + sign*tolerance) & ~own).sum(axis).numpy() for sign in (1, -1)]
 
 
@@ -550,7 +585,8 @@ def test_large_random_ranks(direction):
     ranks = (image_to_text_ranks if direction == "i2t" else text_to_image_ranks)(matrix, owner)
     lo,hi = rank_bounds(matrix, owner, direction)
     assert ((lo <= ranks) & (ranks <= hi)).all()
-    for recorded in (v for k,v in a.items() if k.endswith(f"{direction}_ranks")): assert ((lo <= recorded) & (recorded <= hi)).all()
+    for recorded in (v for k,v in a.items() if k.endswith(f"{direction}_ranks")):
+        assert ((lo <= recorded) & (recorded <= hi)).all()
     for recorded in (v for k,v in a.items() if k.endswith(f"{direction}_metrics")):
         exact_metrics(rank_metrics(ranks), recorded)
         mean_rank_within(recorded[4], lo, hi)
@@ -570,8 +606,10 @@ recorded_configs = names("config_steps", rf"({'|'.join(configs)})/total")
 
 
 def base_config():
-    "The configuration of train3 and of the cases that change one thing: alignment and distillation together, trained end to end."
-    found = [c for c in map(authors_config, configs.values()) if c.loss.terms == ["alignment", "distillation"] and not c.model.freeze_backbone]
+    """The configuration of train3 and of the cases that change one thing: alignment and distillation together, trained
+    end to end."""
+    found = [c for c in map(authors_config, configs.values())
+             if c.loss.terms == ["alignment", "distillation"] and not c.model.freeze_backbone]
     return found[0]
 
 
@@ -603,19 +641,22 @@ def best_recorded(name, key):
 
 
 def is_noise(name):
-    "The true gradient of attention's key bias is 0: what is recorded is rounding noise, of which Adam makes full steps."
+    """The true gradient of attention's key bias is 0: what is recorded is rounding noise, of which Adam makes full
+    steps."""
     return name.endswith("attention.self.key.bias")
 
 
 def same_losses(case, total, losses):
     close(total, best_recorded("config_steps", f"{case}/total"), rtol=1e-5)
     assert set(losses) == set(names("config_steps", rf"{re.escape(case)}/loss_([a-z]+)"))
-    for term,loss in losses.items(): close(loss, best_recorded("config_steps", f"{case}/loss_{term}"), rtol=1e-5, what=term)
+    for term,loss in losses.items():
+        close(loss, best_recorded("config_steps", f"{case}/loss_{term}"), rtol=1e-5, what=term)
 
 
 def same_gradient_norms(case, model, criterion):
     own = dict(model.named_parameters())
-    theirs = {original_name(o): norm for o,norm in zip(recorded_json("param_names"), best_recorded("config_steps", f"{case}/grad_norms"))}
+    theirs = {original_name(o): norm
+              for o,norm in zip(recorded_json("param_names"), best_recorded("config_steps", f"{case}/grad_norms"))}
     assert set(own) <= set(theirs)
     total = clip_gradients([*model.parameters(), *criterion.parameters()], 0)
     close(total, best_recorded("config_steps", f"{case}/clip_total_norm"), rtol=1e-4)
@@ -624,7 +665,8 @@ def same_gradient_norms(case, model, criterion):
         assert (parameter.grad is None) == np.isnan(norm), name
         if is_noise(name) and norm == norm: assert parameter.grad.norm() <= 1e-6*max(1, total), name
         elif norm > 1e-6: close(parameter.grad.norm(), norm, rtol=1e-4, what=name)
-    unused = [norm for o,norm in zip(recorded_json("param_names"), arrays("config_steps")[f"{case}/grad_norms"]) if original_name(o) is None]
+    unused = [norm for o,norm in zip(recorded_json("param_names"), arrays("config_steps")[f"{case}/grad_norms"])
+              if original_name(o) is None]
     assert np.isnan(unused).all()
 
 
@@ -655,21 +697,25 @@ def test_alignment_mode_step(mode):
     case = f"alignment_mode_{mode}"
     model,criterion,total,losses = one_step(changed(base_config(), "model", aggregation=mode))
     same_losses(case, total, losses)
-    if np.isnan(arrays("config_steps")[f"{case}/clip_total_norm"]):  # scan-sentences with padding: nan gradients there, finite ones here
+    # scan-sentences with padding: nan gradients there, finite ones here
+    if np.isnan(arrays("config_steps")[f"{case}/clip_total_norm"]):
         assert all(o.grad.isfinite().all() for o in model.parameters() if o.grad is not None)
     else: same_gradient_norms(case, model, criterion)
 
 
 @pytest.mark.parametrize("case", names("config_steps", r"(distill_.*epoch\d+_epoch\d+)/total"))
 def test_distillation_that_waits(case):
-    "The reference's model can wait for an epoch, but its configuration key is read under another spelling than the documented one."
+    """The reference's model can wait for an epoch, but its configuration key is read under another spelling than the
+    documented one."""
     alone,after,epoch = re.fullmatch(r"distill_(only_distill_)?epoch(\d+)_epoch(\d+)", case).groups()
     terms = dict(terms=["distillation"], weights=[1.0]) if alone else {}
     config = changed(base_config(), "loss", activate_distillation_after=int(after), **terms)
     model,criterion = ready_to_train(config)
     data,rows,total = split_data("train"),arrays("config_steps")["index"],arrays("config_steps")[f"{case}/total"]
-    if alone and int(epoch) < int(after):  # nothing else to minimise: the reference does not wait then, here it is an error
-        with pytest.raises(ValueError, match="no loss is active"): batch_losses(model, criterion, data, rows, epoch=int(epoch))
+    # nothing else to minimise: the reference does not wait then, here it is an error
+    if alone and int(epoch) < int(after):
+        with pytest.raises(ValueError, match="no loss is active"):
+            batch_losses(model, criterion, data, rows, epoch=int(epoch))
         epoch = after
     close(batch_losses(model, criterion, data, rows, epoch=int(epoch))[0], total, rtol=1e-5)
 
@@ -707,7 +753,8 @@ def test_three_steps_losses(run):
     for step,figures in enumerate(run_of(run)[2]):
         for key,value in figures.items():
             recorded = best_recorded("train3", runs[run][0]+key)
-            if recorded is not None: close(value, recorded[step], rtol=1e-4 if key == "clip_norm" else 1e-5, what=f"{key} of step {step}")
+            if recorded is not None:
+                close(value, recorded[step], rtol=1e-4 if key == "clip_norm" else 1e-5, what=f"{key} of step {step}")
 
 
 @pytest.mark.parametrize("run", runs)
@@ -721,7 +768,8 @@ def test_three_steps_updates(run):
 
 
 def test_three_steps_final_state():
-    "Every element of every tensor after the steps; of in_proj_bias, which holds the matching head's key bias, the first and the last third."
+    """Every element of every tensor after the steps; of in_proj_bias, which holds the matching head's key bias, the
+    first and the last third."""
     before,after,_ = run_of("as recorded")
     for theirs,final in load_torch_file(v1/"expected"/"train3_final_state.pt").items():
         ours = original_name(theirs)
@@ -732,9 +780,11 @@ def test_three_steps_final_state():
             assert distance <= 1e-2*moved, f"{ours}: {distance:.3g} off after an update of {moved:.3g}"
 
 
-# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's additional ones
+# Depth aggregation and extra layers: the batch of forward.npz, the checkpoint's weights and the variant's
+# additional ones
 
-variants = sorted(o.name.removeprefix("variant_").removesuffix("_config.json") for o in (v1/"expected").glob("variant_*_config.json"))
+variants = sorted(o.name.removeprefix("variant_").removesuffix("_config.json")
+                  for o in (v1/"expected").glob("variant_*_config.json"))
 
 
 @cache
@@ -755,9 +805,11 @@ def variant(tmp_path_factory):
 
 
 def padded_states(side):
-    "What the reference aggregates of a side: hidden states of its rows and of the padding [layers, items, positions, dim], and the mask."
+    """What the reference aggregates of a side: hidden states of its rows and of the padding [layers, items, positions,
+    dim], and the mask."""
     start = arrays("forward")["img_input_ids"].shape[1] if side == "img" else 0
-    return tensor("forward", f"{mask_side[side]}_hidden_states")[:, :, start:], tensor("forward", f"{side}_attention_mask").bool()[:, start:]
+    return (tensor("forward", f"{mask_side[side]}_hidden_states")[:, :, start:],
+            tensor("forward", f"{side}_attention_mask").bool()[:, start:])
 
 
 mask_side = {v: k for k,v in mask_of.items()}
@@ -771,7 +823,8 @@ def masked_layout(mask):
 
 
 def gated_like_reference(own, side):
-    "The gated sum by the reference's padded states, in which layer l of item i has the mask of item (l*items + i) // layers."
+    """The gated sum by the reference's padded states, in which layer l of item i has the mask of item (l*items + i) //
+    layers."""
     states,mask = padded_states(side)
     if own.config.depth_alignment != "none": states = states[:-1]
     if own.config.post_layers:
@@ -788,7 +841,8 @@ def encode_like_reference(own, side, whole_sets=False):
     def normalised(hidden): return Ragged(F.normalize(hidden.values, dim=-1), hidden.lengths)
     own = copy.deepcopy(own)
     if whole_sets: own.alignment.region_set = own.alignment.word_set = normalised
-    if "gated" in (own.config.depth_alignment, own.config.depth_matching): own.depth.forward = lambda states: gated_like_reference(own, side)
+    if "gated" in (own.config.depth_alignment, own.config.depth_matching):
+        own.depth.forward = lambda states: gated_like_reference(own, side)
     images,captions = forward_inputs()
     with torch.no_grad(): return own.encode_image_batch(images) if side == "img" else own.encode_caption_batch(captions)
 
@@ -804,20 +858,25 @@ def test_variant_embeddings_and_sets(variant, name, side):
 
 @pytest.mark.parametrize("name", variants)
 def test_variant_losses(variant, name):
-    "Distillation, alignment and matching by the package's encoding; the L1 over the reference's rows, padding among them."
+    """Distillation, alignment and matching by the package's encoding; the L1 over the reference's rows, padding among
+    them."""
     own,criterion = ready_to_train(variant_config(name), lambda: variant(name))
     images,captions = (encode_like_reference(own, o) for o in ("img", "cap"))
     states = [list(padded_states(o)[0].flatten(1, 2)) for o in ("img", "cap")]
-    total,losses = criterion(own.alignment(images.sets, captions.sets), images.matching, captions.matching, depth=states)
+    total,losses = criterion(
+        own.alignment(images.sets, captions.sets), images.matching, captions.matching, depth=states)
     close(total, arrays("variants")[f"{name}/total"], rtol=1e-5)
     theirs = {"hidden_l1" if o == "regularizehidden" else o: o for o in names("variants", rf"{name}/loss_(.+)")}
     assert set(losses) == set(theirs)
-    for term,loss in losses.items(): close(loss, arrays("variants")[f"{name}/loss_{theirs[term]}"], rtol=1e-5, what=term)
+    for term,loss in losses.items():
+        close(loss, arrays("variants")[f"{name}/loss_{theirs[term]}"], rtol=1e-5, what=term)
     l1 = hidden_l1(*states) if "hidden_l1" in losses else 0
     close(l1, arrays("variants")[f"{name}/l1_reg"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [o for o in variants if "gated" in (variant_config(o).model.depth_alignment, variant_config(o).model.depth_matching)])
+@pytest.mark.parametrize("name", [
+    o for o in variants
+    if "gated" in (variant_config(o).model.depth_alignment, variant_config(o).model.depth_matching)])
 def test_gates_see_their_own_item_only(variant, name):
     "Unlike the reference's, an item's embedding is the same alone and in a batch."
     captions = forward_inputs()[1]

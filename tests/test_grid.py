@@ -1,4 +1,5 @@
-"Grid regions of a vision encoder through the graph, with the encoder's own two vectors as a zero-shot row in the table."
+"""Grid regions of a vision encoder through the graph, with the encoder's own two vectors as a zero-shot row in the
+table."""
 import csv
 import json
 
@@ -29,22 +30,28 @@ def folder(tmp_path_factory):
     rows = [("image", "caption", "split")]
     for i in range(12):
         write_picture(folder/"photos"/f"{i}.jpg", seed=i)
-        rows += [(f"{i}.jpg", f"a {colour} picture {i}", "train" if i < 6 else "minival" if i < 9 else "test") for colour in ("red", "dark")]
+        rows += [(f"{i}.jpg", f"a {colour} picture {i}", "train" if i < 6 else "minival" if i < 9 else "test")
+                 for colour in ("red", "dark")]
     with open(folder/"captions.csv", "w", newline="") as file: csv.writer(file).writerows(rows)
     for kind in ("clip", "siglip"): make_encoder(folder/kind, kind, texts=[text for _, text, _ in rows[1:]])
     (folder/"small.yaml").write_text(yaml.safe_dump(SMALL))
-    command = ["extract", "--images", folder/"photos", "--captions", folder/"captions.csv", "--encoder", folder/"clip", "--grid", 2, "--out", folder/"data"]
+    command = ["extract", "--images", folder/"photos", "--captions", folder/"captions.csv", "--encoder", folder/"clip",
+               "--grid", 2, "--out", folder/"data"]
     assert main([str(o) for o in command]) == 0
     return folder
 
 
 def test_grid_and_zero_shot_rows(folder, capfd):
     "The joint student trains on five regions an image; the rows of CLIP and SigLIP stand beside it."
-    command = ["results", "--data", folder/"data", "--settings", folder/"small.yaml", "--configuration", CONFIGURATION, "--out", folder/"results",
-               "--zero-shot", folder/"clip", folder/"siglip", "--name", "grid"]
+    command = ["results", "--data", folder/"data", "--settings", folder/"small.yaml", "--configuration", CONFIGURATION,
+               "--out", folder/"results", "--zero-shot", folder/"clip", folder/"siglip", "--name", "grid"]
     assert main([str(o) for o in command]) == 0
     table = pd.read_csv(folder/"results"/"grid"/"table.csv")
-    assert list(zip(table.configuration, table["head"])) == [(CONFIGURATION, "alignment"), (CONFIGURATION, "matching"), ("zero-shot-clip", "matching"), ("zero-shot-siglip", "matching")]
+    assert (list(zip(table.configuration, table["head"]))
+            == [(CONFIGURATION, "alignment"),
+                (CONFIGURATION, "matching"),
+                ("zero-shot-clip", "matching"),
+                ("zero-shot-siglip", "matching")])
     assert "zero-shot-clip" in (folder/"results"/"grid"/"table.md").read_text()
     run = folder/"results"/"grid"/CONFIGURATION
     model = next(run.glob("seed-*"))/"model"/"config.json"
@@ -52,8 +59,11 @@ def test_grid_and_zero_shot_rows(folder, capfd):
     zero = read_json(folder/"results"/"grid"/"zero-shot-clip"/"seed-0"/"metrics.json")
     assert (zero["images"], zero["captions"], list(zero["heads"])) == (3, 6, ["matching"]) and zero["made by"]["commit"]
     stored = load_embeddings(folder/"results"/"grid"/"zero-shot-clip"/"seed-0"/"embeddings.safetensors")
-    assert stored.image_ids == list(read_json(folder/"data"/"test_captions.json")) and set(stored.image_ids) == {"9", "10", "11"}
-    torch.testing.assert_close(stored.image_matching, TwoTowers(folder/"clip").images([open_picture(folder/"photos"/f"{i}.jpg") for i in stored.image_ids]))
+    assert (stored.image_ids == list(read_json(folder/"data"/"test_captions.json"))
+            and set(stored.image_ids) == {"9", "10", "11"})
+    torch.testing.assert_close(
+        stored.image_matching,
+        TwoTowers(folder/"clip").images([open_picture(folder/"photos"/f"{i}.jpg") for i in stored.image_ids]))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -62,8 +72,10 @@ def test_two_towers_are_those_of_transformers(kind, folder):
     towers, texts = TwoTowers(folder/kind), ["a red picture 3", "a dark picture"]
     pictures = [open_picture(folder/"photos"/f"{i}.jpg") for i in range(3)]
     model = AutoModel.from_pretrained(folder/kind).eval()
-    tokens = towers.tokenizer(texts, padding=towers.padding, truncation=True, max_length=towers.most, return_tensors="pt")
-    with torch.no_grad(): logits = model(**tokens, **towers.processor(images=pictures, return_tensors="pt")).logits_per_image
+    tokens = towers.tokenizer(
+        texts, padding=towers.padding, truncation=True, max_length=towers.most, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens, **towers.processor(images=pictures, return_tensors="pt")).logits_per_image
     cosines = towers.images(pictures) @ towers.texts(texts).T
     expected = logits/model.logit_scale.exp() if kind == "clip" else (logits - model.logit_bias)/model.logit_scale.exp()
     torch.testing.assert_close(cosines, expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +95,9 @@ def test_bad_zero_shot_models(folder, tmp_path, capsys):
     make_encoder(tmp_path/"clip", "clip")
     with pytest.raises(InputError, match="tokenizer"): TwoTowers(tmp_path/"clip")
     for names in ([folder/"nothing"], [folder/"clip", tmp_path/"clip"]):
-        command = ["results", "--data", folder/"data", "--settings", folder/"small.yaml", "--out", tmp_path/"results", "--zero-shot", *names]
+        command = ["results", "--data", folder/"data", "--settings", folder/"small.yaml", "--out", tmp_path/"results",
+                   "--zero-shot", *names]
         assert main([str(o) for o in command]) == 2 and not (tmp_path/"results").exists()
     assert "models of different names" in capsys.readouterr().err
-    with pytest.raises(InputError, match="a picture"): encode_zero_shot(TwoTowers(folder/"clip"), folder/"data", tmp_path)
+    with pytest.raises(InputError, match="a picture"):
+        encode_zero_shot(TwoTowers(folder/"clip"), folder/"data", tmp_path)

@@ -1,6 +1,8 @@
-"""Every reader gives the arrays and captions that were written; what must be refused is refused; no pickle is run; an import resumes.
+"""Every reader gives the arrays and captions that were written; what must be refused is refused; no pickle is run; an
+import resumes.
 
-The files are generated. Real samples, and files written by an independent program, are read as well where a folder has them (ALADIN_SHARED)."""
+The files are generated. Real samples, and files written by an independent program, are read as well where a folder has
+them (ALADIN_SHARED)."""
 import json
 import os
 import pickle
@@ -38,7 +40,8 @@ def run(sources, out, captions=(), **options):
     lines = []
     sources = sources if isinstance(sources, list) else [sources]
     captions = captions if isinstance(captions, (list, tuple)) else [captions]
-    about = import_data(sources, out, ImportOptions(captions=list(map(str, captions)), **options), progress=False, report=lines.append)
+    about = import_data(
+        sources, out, ImportOptions(captions=list(map(str, captions)), **options), progress=False, report=lines.append)
     return about, "\n".join(lines)
 
 
@@ -69,14 +72,18 @@ def test_features(layout, tmp_path):
     about, said = run(source, tmp_path/"data", () if own else formats.write_coco(tmp_path, OF))
     store = RegionStore(tmp_path/"data"/"regions")
     assert f"taken for {reader}, because" in said and about["sources"][0]["format"] == reader
-    assert {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in before if p != tmp_path} == {p: v for p, v in before.items() if p != tmp_path}
-    assert {p.name for p in (tmp_path/"source").rglob("*")} == {p.name for p in before if tmp_path/"source" in p.parents}
-    assert sorted(store.ids) == sorted(BY_ID) and store.has_boxes and not store.has_tags and store.box_order == "height width"
+    assert ({p: (p.stat().st_size, p.stat().st_mtime_ns) for p in before if p != tmp_path}
+            == {p: v for p, v in before.items() if p != tmp_path})
+    assert ({p.name for p in (tmp_path/"source").rglob("*")}
+            == {p.name for p in before if tmp_path/"source" in p.parents})
+    assert (sorted(store.ids) == sorted(BY_ID) and store.has_boxes and not store.has_tags
+            and store.box_order == "height width")
     tolerance = 2e-3 if layout in formats.HALF else 0
     for i, p in BY_ID.items():
         rows = store.features(i)
         np.testing.assert_allclose(rows[:, :-6], p.vectors, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(rows[:, -6:], box_geometry(p.boxes, (p.width, p.height)), rtol=0, atol=tolerance or 1e-6)
+        np.testing.assert_allclose(
+            rows[:, -6:], box_geometry(p.boxes, (p.width, p.height)), rtol=0, atol=tolerance or 1e-6)
         assert store.size(i) == (None if layout == "oscar" else (p.width, p.height))
     assert texts(tmp_path/"data") == {i: p.captions for i, p in BY_ID.items()}
     assert ("no tags" in said) and ("float16" in said) == (layout in formats.HALF)
@@ -103,7 +110,8 @@ def test_class_numbers(layout, tmp_path):
     _, said = run(source, tmp_path/"plain", coco)
     assert "class numbers, but no --classes: 6" in said
     (tmp_path/"names.txt").write_text("tree\n")
-    with pytest.raises(InputError, match="class numbers below 1"): run(source, None, coco, classes=str(tmp_path/"names.txt"))
+    with pytest.raises(InputError, match="class numbers below 1"):
+        run(source, None, coco, classes=str(tmp_path/"names.txt"))
 
 
 def test_oscar_labels(tmp_path):
@@ -120,7 +128,8 @@ def test_oscar_in_the_older_format_of_torch(tmp_path):
     import torch
     source = formats.write_oscar(folder(tmp_path, "source"), OF)
     run(source, tmp_path/"data")
-    for path in source.glob("*_img_frcnn_feats.pt"): torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    for path in source.glob("*_img_frcnn_feats.pt"):
+        torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
     run(source, tmp_path/"older")
     one, two = RegionStore(tmp_path/"data"/"regions"), RegionStore(tmp_path/"older"/"regions")
     assert one.ids == two.ids and all(np.array_equal(one.features(i), two.features(i)) for i in one.ids)
@@ -130,7 +139,8 @@ def test_archives_with_the_same_names(tmp_path):
     "Samples of one name in two archives of a split would be joined: they are refused."
     source = formats.write_webdataset(folder(tmp_path, "source"), OF)
     shutil.copy(source/"train"/"0.tar", source/"train"/"1.tar")
-    with pytest.raises(InputError, match="each name once in a split"): CAPTION_READERS["webdataset"](source, Notes()).read()
+    with pytest.raises(InputError, match="each name once in a split"):
+        CAPTION_READERS["webdataset"](source, Notes()).read()
 
 
 def test_several_sources(tmp_path):
@@ -141,7 +151,8 @@ def test_several_sources(tmp_path):
     run(parts, tmp_path/"data", coco)
     assert len(RegionStore(tmp_path/"data"/"regions")) == 6
     other = formats.pictures(seed=1)
-    with pytest.raises(InputError, match="different ones"): run([parts[0], formats.write_hdf5_m2(tmp_path/"c", other)], None, coco)
+    with pytest.raises(InputError, match="different ones"):
+        run([parts[0], formats.write_hdf5_m2(tmp_path/"c", other)], None, coco)
 
 
 # Captions
@@ -160,17 +171,21 @@ def test_captions(layout, tmp_path):
         found = CAPTION_READERS[name](p, Notes()).read()
         assert all(c.captions == BY_ID[str(int(re.search(r"(\d+)(\.jpg)?$", c.image)[1]))].captions for c in found)
         if name != "blip": assert len(found) == 6
-    about, said = run(features, tmp_path/"data", [*paths, *([sizes] if layout != "webdataset" else [])], boxes=layout != "webdataset")
+    about, said = run(features, tmp_path/"data", [*paths, *([sizes] if layout != "webdataset" else [])],
+                      boxes=layout != "webdataset")
     by_number = {str(int(re.search(r"\d+$", i)[0])): t for i, t in texts(tmp_path/"data").items()}
     assert by_number == {i: p.captions for i, p in BY_ID.items()}
-    assert list(by_number)[:2] == [str(p.number) for p in OF][:2] or layout in ("karpathy", "table", "token", "clip-csv", "results-csv")  # random or several splits
+    # random or several splits
+    assert (list(by_number)[:2] == [str(p.number) for p in OF][:2]
+            or layout in ("karpathy", "table", "token", "clip-csv", "results-csv"))
 
 
 def test_splits_of_karpathy(tmp_path):
     of, path = formats.pictures(8), formats.write_karpathy(tmp_path, formats.pictures(8))
     features = formats.write_bottom_up(tmp_path, of)
     about, said = run(features, None, path)
-    assert {s: o["images"] for s, o in about["splits"].items()} == dict(train=4, minival=2, test=2) and "restval, added to train: 2" in said
+    assert ({s: o["images"] for s, o in about["splits"].items()} == dict(train=4, minival=2, test=2)
+            and "restval, added to train: 2" in said)
     about, said = run(features, None, path, restval="drop")
     assert about["splits"]["train"]["images"] == 2 and about["images"] == 6 and "restval, left out: 2" in said
     about, _ = run(features, None, path, split=["train=train", "test=restval,test,val"])
@@ -183,7 +198,8 @@ def test_splits_of_karpathy(tmp_path):
 def test_captions_alone(tmp_path):
     "Captions without features make caption files, for regions that aladin extract writes."
     about, said = run(formats.write_karpathy(tmp_path, OF), tmp_path/"data")
-    assert texts(tmp_path/"data").keys() == BY_ID.keys() and not (tmp_path/"data"/"regions").exists() and "no region features" in said
+    assert (texts(tmp_path/"data").keys() == BY_ID.keys() and not (tmp_path/"data"/"regions").exists()
+            and "no region features" in said)
 
 
 def test_features_alone(tmp_path):
@@ -220,7 +236,8 @@ def test_trap_2_dev_is_imported_whole(tmp_path):
     of = OF[:1]*1002
     formats.write_precomp_split(tmp_path/"a", "dev", of, 1, boxes=False, ids=range(1002))
     about, said = run(tmp_path/"a", None)
-    assert about["splits"]["minival"]["captions"] == 5010 and "beyond the 5,000 that other programs use, imported too: 10" in said
+    assert (about["splits"]["minival"]["captions"] == 5010
+            and "beyond the 5,000 that other programs use, imported too: 10" in said)
 
 
 def test_trap_3_test_and_testall(tmp_path):
@@ -230,7 +247,8 @@ def test_trap_3_test_and_testall(tmp_path):
     formats.write_precomp_split(a, "testall", OF[2:5], 5)
     about, _ = run(a, tmp_path/"data")
     numbers = [str(p.number) for p in OF]
-    assert about["splits"]["test"]["images"] == 3 and list(read_json(tmp_path/"data"/"test_captions.json")) == numbers[2:5]
+    assert (about["splits"]["test"]["images"] == 3
+            and list(read_json(tmp_path/"data"/"test_captions.json")) == numbers[2:5])
     assert (tmp_path/"data"/"test_img_keys_1k.tsv").read_text().split() == numbers[2:3]
     assert (tmp_path/"data"/"test_img_keys.tsv").read_text().split() == numbers[2:5]
     formats.write_precomp_split(a, "test", OF[5:6], 5)
@@ -249,7 +267,8 @@ def test_trap_4_any_number_of_captions_in_json(tmp_path):
     of = formats.pictures()
     for k, p in enumerate(of): p.captions = [f"caption {j}" for j in range(5 + k % 3)]
     about, _ = run(formats.write_bottom_up(tmp_path, of), tmp_path/"data", formats.write_coco(tmp_path, of))
-    assert sorted(len(t) for t in texts(tmp_path/"data").values()) == [5, 5, 6, 6, 7, 7] and about["splits"]["train"]["captions"] == 36
+    assert (sorted(len(t) for t in texts(tmp_path/"data").values()) == [5, 5, 6, 6, 7, 7]
+            and about["splits"]["train"]["captions"] == 36)
 
 
 def test_trap_5_places(tmp_path):
@@ -262,21 +281,24 @@ def test_trap_5_places(tmp_path):
     assert about["pairing"] == "place" and "paired by place" in said
     for p in OF: np.testing.assert_array_equal(store.features(p.number)[:, :-6], p.vectors)
     shutil.move(source/"0.npz", source/"31014.npz")
-    with pytest.raises(InputError, match="ids or file names that agree"): run(tmp_path, None, captions, boxes=False, format="teran")
+    with pytest.raises(InputError, match="ids or file names that agree"):
+        run(tmp_path, None, captions, boxes=False, format="teran")
     shutil.move(source/"31014.npz", source/f"{OF[3].number}.npz")
     about, _ = run(tmp_path, None, captions, boxes=False, format="teran", allow_missing=True)
     assert about["pairing"] == "id" and about["images"] == 1  # rules are never mixed
 
 
 def test_trap_5_other_captions_for_precomp(tmp_path):
-    "Named captions take the place of the source's own, paired by place or by the file names of id_mapping.json; keys follow."
+    """Named captions take the place of the source's own, paired by place or by the file names of id_mapping.json; keys
+    follow."""
     of, a = OF[:5], tmp_path/"a"
     for name, some, times in (("train", of[:2], 1), ("test", of[2:3], 5), ("testall", of[2:5], 5)):
         formats.write_precomp_split(a, name, some, times, boxes=False, ids=[of.index(p) for p in some])
     captions = formats.write_karpathy(tmp_path, of, coco=False, splits=("train", "train", "test", "test", "test"))
     for rule in ("place", "file name"):
         about, said = run(a, tmp_path/rule, captions)
-        assert about["pairing"] == rule and "captions of the features' source not used" in said and about["splits"]["test"]["images"] == 3
+        assert (about["pairing"] == rule and "captions of the features' source not used" in said
+                and about["splits"]["test"]["images"] == 3)
         store = RegionStore(tmp_path/rule/"regions")
         for p in of: np.testing.assert_array_equal(store.features(p.number)[:, :-6], p.vectors)
         assert (tmp_path/rule/"test_img_keys_1k.tsv").read_text().split() == [str(of[2].number)]
@@ -299,7 +321,9 @@ def test_trap_6_broken_and_double_rows(tmp_path):
 def test_trap_7_padding(tmp_path):
     p = OF[0]
     def write(vectors):
-        with h5py.File(tmp_path/"a.h5", "w") as f: f.update({"1_features": vectors, "1_boxes": np.concatenate([p.boxes, np.zeros((len(vectors) - 5, 4), np.float32)])})
+        with h5py.File(tmp_path/"a.h5", "w") as f:
+            f.update({"1_features": vectors,
+                      "1_boxes": np.concatenate([p.boxes, np.zeros((len(vectors) - 5, 4), np.float32)])})
     zeros = np.zeros((4, formats.DIM), np.float32)
     write(np.concatenate([p.vectors, zeros]))
     about, said = run(tmp_path/"a.h5", None, boxes=False)
@@ -315,10 +339,12 @@ def test_trap_8_sizes(tmp_path):
     captions = formats.write_token(tmp_path, OF)
     with pytest.raises(InputError, match="--no-boxes"): run(source, None, captions)
     about, said = run(source, tmp_path/"plain", captions, boxes=False)
-    assert not about["boxes"] and "six zeros" in said and not RegionStore(tmp_path/"plain"/"regions").features(OF[0].number)[:, -6:].any()
+    assert (not about["boxes"] and "six zeros" in said
+            and not RegionStore(tmp_path/"plain"/"regions").features(OF[0].number)[:, -6:].any())
     run(source, tmp_path/"data", captions, images=str(tmp_path/"pictures"))
     store = RegionStore(tmp_path/"data"/"regions")
-    for p in OF: np.testing.assert_array_equal(store.features(p.number)[:, -6:], box_geometry(p.boxes, (p.width, p.height)))
+    for p in OF:
+        np.testing.assert_array_equal(store.features(p.number)[:, -6:], box_geometry(p.boxes, (p.width, p.height)))
     assert len(read_json(tmp_path/"data"/"pictures.json")["files"]) == 6
 
 
@@ -328,8 +354,11 @@ def test_trap_8_exchanged_sides(tmp_path):
     with pytest.raises(InputError, match="width and height are exchanged"): run(tmp_path/"a.tsv", None)
 
 
-@pytest.mark.parametrize("change, said", [(lambda b: b + 600, "a box inside the picture"), (lambda b: b[:, [2, 3, 0, 1]], "x1 <= x2"), (lambda b: b - 600, "a box inside the picture"),
-                                          (lambda b: b*np.float32(np.nan), "finite boxes")])
+@pytest.mark.parametrize("change, said", [
+    (lambda b: b + 600, "a box inside the picture"),
+    (lambda b: b[:, [2, 3, 0, 1]], "x1 <= x2"),
+    (lambda b: b - 600, "a box inside the picture"),
+    (lambda b: b*np.float32(np.nan), "finite boxes")])
 def test_boxes_that_are_refused(change, said, tmp_path):
     p = formats.pictures()[0]
     p.boxes = change(p.boxes)
@@ -350,7 +379,8 @@ def test_trap_10_number_format(tmp_path):
         assert RegionStore(tmp_path/dtype/"regions").dtype == np.dtype(dtype)
     of = formats.pictures()
     of[2].vectors = of[2].vectors*np.float32(1e6)
-    with pytest.raises(InputError, match="--dtype float32"): run(formats.write_bottom_up(tmp_path, of), None, dtype="float16")
+    with pytest.raises(InputError, match="--dtype float32"):
+        run(formats.write_bottom_up(tmp_path, of), None, dtype="float16")
 
 
 def test_trap_11_rows_of_hdf5(tmp_path):
@@ -385,9 +415,11 @@ def test_trap_12_lines(tmp_path):
 
 def test_images_without_partner(tmp_path):
     features, coco = formats.write_bottom_up(tmp_path, OF[:5]), formats.write_coco(tmp_path, OF[1:])
-    with pytest.raises(InputError, match="1 of 5 images with features without captions.*--allow-missing"): run(features, None, coco)
+    with pytest.raises(InputError, match="1 of 5 images with features without captions.*--allow-missing"):
+        run(features, None, coco)
     about, said = run(features, None, coco, allow_missing=True)
-    assert about["images"] == 4 and "features without captions, left out: 1 (first: 900)" in said and "captions without features, left out: 1" in said
+    assert (about["images"] == 4 and "features without captions, left out: 1 (first: 900)" in said
+            and "captions without features, left out: 1" in said)
 
 
 def test_an_image_in_two_splits(tmp_path):
@@ -397,14 +429,16 @@ def test_an_image_in_two_splits(tmp_path):
     features = formats.write_bottom_up(tmp_path, OF)
     train, _ = formats.write_blip(tmp_path, OF)
     shutil.copy(train, tmp_path/"coco_karpathy_test.json")
-    with pytest.raises(InputError, match="train and test"): run(features, None, [train, tmp_path/"coco_karpathy_test.json"])
+    with pytest.raises(InputError, match="train and test"):
+        run(features, None, [train, tmp_path/"coco_karpathy_test.json"])
 
 
 def test_vectors_that_are_refused(tmp_path):
     for name, change in dict(nan=np.nan, infinity=np.inf).items():
         of = formats.pictures()
         of[4].vectors[2, 3] = change
-        with pytest.raises(InputError, match=f"image {of[4].number}.*finite"): run(formats.write_bottom_up(tmp_path, of), None)
+        with pytest.raises(InputError, match=f"image {of[4].number}.*finite"):
+            run(formats.write_bottom_up(tmp_path, of), None)
     of = formats.pictures()
     of[4].vectors = of[4].vectors[:, 1:]
     with pytest.raises(InputError, match=r"regions, 16"): run(formats.write_bottom_up(tmp_path, of), None)
@@ -477,7 +511,13 @@ def objects(*values):
     return array
 
 
-@pytest.mark.parametrize("value", [Hostile(), dict(image_w=Hostile(), image_h=1), dict(image_w=objects(1), image_h=1), os.system, 7], ids=["call", "in a dict", "array of objects", "name", "number"])
+@pytest.mark.parametrize("value", [
+    Hostile(),
+    dict(image_w=Hostile(), image_h=1),
+    dict(image_w=objects(1), image_h=1),
+    os.system,
+    7
+], ids=["call", "in a dict", "array of objects", "name", "number"])
 def test_hostile_sizes(value, here):
     formats.write_precomp(here/"a", OF)
     np.save(here/"a"/"train_ims_size.npy", objects(value, value), allow_pickle=True)
@@ -529,9 +569,11 @@ def test_links_of_hdf5(here):
     layout[:] = h5py.VirtualSource(str(here/"a"/"coco_detections.hdf5"), f"{OF[0].number}_features", (5, formats.DIM))
     for name in ("external", "soft", "outside", "virtual"):
         with h5py.File(here/f"{name}.h5", "w") as f:
-            if name == "external": f["1_features"] = h5py.ExternalLink(str(here/"a"/"coco_detections.hdf5"), f"{OF[0].number}_features")
+            if name == "external":
+                f["1_features"] = h5py.ExternalLink(str(here/"a"/"coco_detections.hdf5"), f"{OF[0].number}_features")
             if name == "soft": f["1_features"] = h5py.SoftLink("/elsewhere")
-            if name == "outside": f.create_dataset("1_features", (5, formats.DIM), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+            if name == "outside":
+                f.create_dataset("1_features", (5, formats.DIM), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
             if name == "virtual": f.create_virtual_dataset("1_features", layout)
         with pytest.raises(InputError, match="a link"): run(here/f"{name}.h5", None)
 
@@ -539,8 +581,10 @@ def test_links_of_hdf5(here):
 def test_hostile_msgpack(here):
     hostile = {b"nd": True, b"type": "O", b"kind": b"O", b"shape": [1], b"data": pickle.dumps([Hostile()])}
     also = dict(hostile) | {b"kind": b""}
-    for k, arrays in enumerate((hostile, also, {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [99], b"data": b"1234"})):
-        path = formats.write_database(here/str(k), {"a.npz": msgpack.packb({"features": arrays, "norm_bb": arrays}), "__keys__": b'["a.npz"]'})
+    for k, arrays in enumerate(
+            (hostile, also, {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [99], b"data": b"1234"})):
+        path = formats.write_database(
+            here/str(k), {"a.npz": msgpack.packb({"features": arrays, "norm_bb": arrays}), "__keys__": b'["a.npz"]'})
         with pytest.raises(InputError, match="MessagePack of numbers"): run(path, None)
 
 
@@ -560,7 +604,8 @@ def test_ids_that_are_paths(here):
     run(here/"a.tsv", here/"data")
     assert RegionStore(here/"data"/"regions").ids == ["..__..__secret"]
     images = [dict(id=i, file_name=f"{OF[0].name}.jpg") for i in ("../../secret",)]
-    (here/"c.json").write_text(json.dumps(dict(images=images, annotations=[dict(id=1, image_id="../../secret", caption="a dog")])))
+    (here/"c.json").write_text(
+        json.dumps(dict(images=images, annotations=[dict(id=1, image_id="../../secret", caption="a dog")])))
     with pytest.raises(InputError, match="image id"): run(formats.write_bottom_up(here, OF[:1]), None, here/"c.json")
     (here/"c.json").write_text('{"a.jpg": ["half \\ud800"]}')
     with pytest.raises(InputError, match="surrogate"): run(here/"c.json", None)
@@ -604,8 +649,10 @@ def test_changed_bytes(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", ["lmdb-uniter", "lmdb-compressed", "lmdb-vilbert", "lmdb-volta"])
 def test_changed_values_of_lmdb(layout, tmp_path):
-    value = {"lmdb-uniter": lambda p: formats.uniter_value(p, False), "lmdb-compressed": lambda p: formats.uniter_value(p, True),
-             "lmdb-vilbert": lambda p: pickle.dumps(formats.vilbert_value(p)), "lmdb-volta": lambda p: pickle.dumps(formats.volta_value(p))}[layout](OF[0])
+    value = {"lmdb-uniter": lambda p: formats.uniter_value(p, False),
+             "lmdb-compressed": lambda p: formats.uniter_value(p, True),
+             "lmdb-vilbert": lambda p: pickle.dumps(formats.vilbert_value(p)),
+             "lmdb-volta": lambda p: pickle.dumps(formats.volta_value(p))}[layout](OF[0])
     keys = {"__keys__": b'["a"]'} if layout in formats.HALF else {"keys": pickle.dumps([b"a"])}
     rng, kind = np.random.default_rng(5), formats.FEATURES[layout][1]
     for n in range(EXAMPLES or 25):
@@ -637,22 +684,27 @@ def test_changed_bytes_of_hdf5(layout, tmp_path):
     write, kind = formats.FEATURES[layout]
     source = write(folder(tmp_path, "source"), OF[:3])
     file = next(p for p in source.iterdir() if p.suffix in (".h5", ".hdf5"))
-    subprocess.run([sys.executable, "-c", DAMAGE, str(source), kind, str(file), str(EXAMPLES or 40)], check=True, env=os.environ | {"PYTHONPATH": str(root)})
+    subprocess.run([sys.executable, "-c", DAMAGE, str(source), kind, str(file), str(EXAMPLES or 40)], check=True,
+                   env=os.environ | {"PYTHONPATH": str(root)})
 
 
 @pytest.mark.parametrize("layout", ["lmdb-vilbert", "lmdb-volta", "mmf"])
 def test_values_of_other_types(layout, tmp_path):
     "Every entry of a pickled dict replaced by something else."
-    odd = [None, "x", b"x", [], {}, -1, 10**30, float("nan"), [[1, 2], [3]], np.zeros(0), np.zeros((2, 2)), np.array(["x"]), True]
+    odd = [None, "x", b"x", [], {}, -1, 10**30, float("nan"), [[1, 2], [3]], np.zeros(0), np.zeros((2, 2)),
+           np.array(["x"]), True]
     value = formats.volta_value(OF[0]) if layout == "lmdb-volta" else formats.vilbert_value(OF[0])
     about = dict(bbox=OF[0].boxes, num_boxes=5, objects=OF[0].classes, image_width=9, image_height=9)
     np.save(tmp_path/"a.npy", OF[0].vectors)
     for key in (about if layout == "mmf" else value):
         for n, o in enumerate([*odd, "missing"]):
-            changed = {k: v for k, v in (about if layout == "mmf" else value).items() if k != key} | ({} if n == len(odd) else {key: o})
+            changed = ({k: v for k, v in (about if layout == "mmf" else value).items() if k != key}
+                       | ({} if n == len(odd) else {key: o}))
             source = tmp_path
             if layout == "mmf": np.save(tmp_path/"a_info.npy", changed, allow_pickle=True)
-            else: source = formats.write_database(tmp_path/f"{key}{n}", {"a": pickle.dumps(changed), "keys": pickle.dumps([b"a"])})
+            else:
+                source = formats.write_database(
+                    tmp_path/f"{key}{n}", {"a": pickle.dumps(changed), "keys": pickle.dumps([b"a"])})
             for boxes in (True, False):
                 try: run(source, None, boxes=boxes, format="mmf" if layout == "mmf" else "lmdb-pickle")
                 except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
@@ -669,7 +721,8 @@ def test_a_killed_import_resumes(tmp_path):
     code = ("import sys, time; from aladin.data import array_readers, importing; old = array_readers.Precomp.read\n"
             "def slow(self, i):\n    if int(i) > 600: time.sleep(60)\n    return old(self, i)\n"
             "array_readers.Precomp.read = slow; importing.import_data([sys.argv[1]], sys.argv[2], progress=False)")
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"a"), str(tmp_path/"data")], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path/"a"), str(tmp_path/"data")], stderr=subprocess.DEVNULL)
     for _ in range(600):
         parts = list(tmp_path.glob(".data.*.parts/000001.npz"))
         if parts: break
@@ -696,7 +749,8 @@ def test_command(tmp_path, capsys):
     for wrong in ([], ["--check", "--out", str(tmp_path/"data")]): assert main(["import", str(source), *wrong]) == 2
     assert main(["import", str(source), "--from", "precomp", "--limit", "1", "--out", str(tmp_path/"data")]) == 0
     about = read_json(tmp_path/"data"/"import.json")
-    assert about["images"] == 3 and about["options"]["limit"] == 1 and all(len(f["sha256"]) == 64 for s in about["sources"] for f in s["files"])
+    assert (about["images"] == 3 and about["options"]["limit"] == 1
+            and all(len(f["sha256"]) == 64 for s in about["sources"] for f in s["files"]))
     assert main(["import", str(tmp_path/"data"), "--check"]) == 2
 
 
@@ -739,16 +793,21 @@ def need(path):
 @pytest.fixture(scope="module")
 def independent(tmp_path_factory):
     "Files written by a program that shares no code with this package, from real rows."
-    script, rows = need(SHARED/"formats"/"make_formats.py"), need(SHARED/"data"/"formats"/"lxmert"/"train2014_obj36_3.tsv")
+    script, rows = (need(SHARED/"formats"/"make_formats.py"),
+                    need(SHARED/"data"/"formats"/"lxmert"/"train2014_obj36_3.tsv"))
     out = tmp_path_factory.mktemp("independent")/"files"
     subprocess.run([sys.executable, str(script), str(rows), str(out)], check=True, capture_output=True)
     return out
 
 
-THEIRS = ["bottom_up_tsv/trainval_resnet101_faster_rcnn_genome_36.tsv", "bottom_up_tsv/adaptive.tsv", "lxmert_tsv", "teran", "uniter_npz", "milvlg_npz", "openvqa_npz", "mmf_npy",
-          "hdf5/train36.hdf5", "hdf5/train.hdf5", "hdf5/coco_detections.hdf5", "hdf5/flickr30k_boxes36.h5", "lmdb_pickle/vilbert.lmdb", "lmdb_pickle/volta.lmdb",
-          "lmdb_uniter/feat_th0.2_max100_min10", "lmdb_uniter/feat_th0.2_max100_min10_compressed"]
-SPLIT_FILES = [("precomp_scan", s) for s in ("train", "dev", "test")] + [("precomp_once", s) for s in ("train", "dev", "test")] + [("oscar_pt", s) for s in ("train", "minival", "test")]
+THEIRS = ["bottom_up_tsv/trainval_resnet101_faster_rcnn_genome_36.tsv", "bottom_up_tsv/adaptive.tsv", "lxmert_tsv",
+          "teran", "uniter_npz", "milvlg_npz", "openvqa_npz", "mmf_npy", "hdf5/train36.hdf5", "hdf5/train.hdf5",
+          "hdf5/coco_detections.hdf5", "hdf5/flickr30k_boxes36.h5", "lmdb_pickle/vilbert.lmdb",
+          "lmdb_pickle/volta.lmdb", "lmdb_uniter/feat_th0.2_max100_min10",
+          "lmdb_uniter/feat_th0.2_max100_min10_compressed"]
+SPLIT_FILES = ([("precomp_scan", s) for s in ("train", "dev", "test")]
+               + [("precomp_once", s) for s in ("train", "dev", "test")]
+               + [("oscar_pt", s) for s in ("train", "minival", "test")])
 
 
 def compare(out, data, half=False, reverse=False):
@@ -760,8 +819,10 @@ def compare(out, data, half=False, reverse=False):
         if str(i) not in store: continue
         rows = store.features(i)
         span = slice(start, start + len(rows))
-        np.testing.assert_allclose(rows[:, :-6], expected["vectors"][span], rtol=2e-3 if half else 0, atol=2e-3 if half else 0)
-        np.testing.assert_allclose(rows[:, -6:], box_geometry(expected["boxes"][span], size), rtol=0, atol=2e-3 if half else 1e-6)
+        np.testing.assert_allclose(
+            rows[:, :-6], expected["vectors"][span], rtol=2e-3 if half else 0, atol=2e-3 if half else 0)
+        np.testing.assert_allclose(
+            rows[:, -6:], box_geometry(expected["boxes"][span], size), rtol=0, atol=2e-3 if half else 1e-6)
     assert texts(data) and all(captions[i] == t[::-1 if reverse else 1] for i, t in texts(data).items())
     return store
 
@@ -783,15 +844,21 @@ def test_independent_splits(source, split, independent, tmp_path):
     assert len(compare(independent, tmp_path/"data")) in (1, 2, 3)
 
 
-@pytest.mark.parametrize("source", ["dataset_coco.json", "captions_train2014.json", "results_20130124.token", "results.csv", "coco_karpathy_train.json", "coco_karpathy_test.json"])
+@pytest.mark.parametrize("source", [
+    "dataset_coco.json", "captions_train2014.json", "results_20130124.token", "results.csv", "coco_karpathy_train.json",
+    "coco_karpathy_test.json"])
 def test_independent_captions(source, independent, tmp_path):
     captions = read_json(independent/"expected.json")
     run(independent/"captions"/source, tmp_path/"data")
-    found, step = texts(tmp_path/"data"), -1 if source.startswith("captions_") else 1 # the ids of its COCO annotations count backwards
-    assert found and all([c.replace("|", "/") for c in captions[i]] == [c.replace("|", "/") for c in t[::step]] for i, t in found.items())
+    # the ids of its COCO annotations count backwards
+    found, step = texts(tmp_path/"data"), -1 if source.startswith("captions_") else 1
+    assert found and all([c.replace("|", "/") for c in captions[i]] == [c.replace("|", "/") for c in t[::step]]
+                         for i, t in found.items())
 
 
-@pytest.mark.parametrize("source", ["hub/test-00000-of-00001.parquet", "hub/train-00000-of-00001.parquet", "hub/coco_caption_karpathy_test.arrow", "wds"])
+@pytest.mark.parametrize("source", [
+    "hub/test-00000-of-00001.parquet", "hub/train-00000-of-00001.parquet",
+    "hub/coco_caption_karpathy_test.arrow", "wds"])
 def test_independent_hub_files(source, independent, tmp_path):
     run(need(independent/source), tmp_path/"data")
     captions = list(read_json(independent/"expected.json").values())
@@ -814,7 +881,9 @@ def test_real_precomp_lists(tmp_path):
     about, said = run(a, tmp_path/"data")
     assert about["splits"]["minival"] == dict(images=1014, captions=5070) and "imported too: 70" in said
     found = read_json(tmp_path/"data"/"minival_captions.json")
-    assert list(found) == ids[::5] and [c for t in found.values() for c in t] == [c.strip() for c in (source/"dev_caps.txt").read_text().splitlines()]
+    assert (list(found) == ids[::5]
+            and [c for t in found.values() for c in t]
+                == [c.strip() for c in (source/"dev_caps.txt").read_text().splitlines()])
 
 
 def test_real_captions_of_coco(tmp_path):

@@ -1,4 +1,5 @@
-"ALADIN-2.0's inputs on the scenes: every configuration trains, evaluates and encodes; what is missing or does not fit is reported."
+"""ALADIN-2.0's inputs on the scenes: every configuration trains, evaluates and encodes; what is missing or does not fit
+is reported."""
 import json
 import shutil
 
@@ -23,8 +24,9 @@ from aladin.runs.plan import plan
 from aladin.view.plots import attend
 from aladin.data.regions import open_regions
 
-CONFIGURATIONS = ("alad-alignment-triplet_2_det_clip-labels", "alad-alignment-triplet_4_det+fast_clip-labels", "alad-alignment-triplet_5_det+fast_clip-labels_clip-captions",
-                  "experiment6_det-padded_clip-labels", "experiment8", "alad-alignment-and-matching-distill-det_lab+fast-clip_label")
+CONFIGURATIONS = ("alad-alignment-triplet_2_det_clip-labels", "alad-alignment-triplet_4_det+fast_clip-labels",
+                  "alad-alignment-triplet_5_det+fast_clip-labels_clip-captions", "experiment6_det-padded_clip-labels",
+                  "experiment8", "alad-alignment-and-matching-distill-det_lab+fast-clip_label")
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +45,19 @@ def test_configuration(name, data, tmp_path):
     assert not needs_teacher(config)
     train_run(config, data, tmp_path/"run", progress=False)
     evaluate_run(tmp_path/"run", data, "scenes-tiny", progress=False)
-    assert main(["encode", "--model", str(tmp_path/"run"/"model"), "--data", str(data), "--keys", "test_img_keys.tsv", "--out", str(tmp_path/"e.safetensors")]) == 0
+    assert main(["encode", "--model", str(tmp_path/"run"/"model"), "--data", str(data), "--keys", "test_img_keys.tsv",
+                 "--out", str(tmp_path/"e.safetensors")]) == 0
     ours, again = (load_file(p) for p in (tmp_path/"run"/"embeddings.safetensors", tmp_path/"e.safetensors"))
-    for key in ("regions", "words", "caption_matching", "region_offsets"): assert torch.equal(ours[key], again[key]), key
+    for key in ("regions", "words", "caption_matching", "region_offsets"):
+        assert torch.equal(ours[key], again[key]), key
     model = load_model(tmp_path/"run"/"model")
     test = open_split(data, "test", AladinProcessor.from_pretrained(data, config.data))
     regions = test.regions
     counts = [min(regions.num_regions(i), config.data.max_regions) - 1 for i in test.image_ids]
     assert ours["region_offsets"].diff().tolist() == counts
     shown = attend(model, test, 0, 0)
-    assert shown.boxes.min() >= 0 and (shown.boxes[:, 2:] > shown.boxes[:, :2]).all()  # the six box numbers are found wherever they stand
+    # the six box numbers are found wherever they stand
+    assert shown.boxes.min() >= 0 and (shown.boxes[:, 2:] > shown.boxes[:, :2]).all()
     found = plan(name, data, "tiny", steps=1)
     assert not found.problems and any("parameters" in line for line in found.lines)
 
@@ -72,7 +77,9 @@ def test_tags_are_read_once(data, tmp_path):
 
 def test_both_merges(data):
     "The published merge pairs other vectors with the boxes."
-    aligned, published = (open_split(data, "test", AladinProcessor.from_pretrained(data, DataSettings(detections="det+fast", merge=m))) for m in ("aligned", "published"))
+    aligned, published = (
+        open_split(data, "test", AladinProcessor.from_pretrained(data, DataSettings(detections="det+fast", merge=m)))
+        for m in ("aligned", "published"))
     assert aligned.regions.fingerprint != published.regions.fingerprint
     i = aligned.image_ids[0]
     assert sorted(aligned.regions.tags(i)) == sorted(published.regions.tags(i))
@@ -84,10 +91,12 @@ def test_missing_inputs(data, tmp_path):
         folder = tmp_path/name
         shutil.copytree(data, folder, ignore=shutil.ignore_patterns(name, "clip_cache"))
         with pytest.raises(InputError, match=f"{name}.*{'convert-detections' if name == 'detic' else 'make-clip'}"):
-            open_split(folder, "test", AladinProcessor.from_pretrained(folder, DataSettings(detections="det", tag_reader="clip")))
+            open_split(folder, "test",
+                       AladinProcessor.from_pretrained(folder, DataSettings(detections="det", tag_reader="clip")))
         assert any(name in p for p in plan(CONFIGURATIONS[0], folder, "tiny", steps=1).problems)
     with pytest.raises(InputError, match="make-clip"): ClipReader(tmp_path/"nothing")
-    wide = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=99, hidden_size=32, projection_dim=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1))
+    wide = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=99, hidden_size=32, projection_dim=16,
+                                                      intermediate_size=32, num_hidden_layers=1, num_attention_heads=1))
     shutil.copytree(data/"clip", tmp_path/"wide")
     wide.save_pretrained(tmp_path/"wide")
     with pytest.raises(InputError, match="projection_dim"): ClipReader(tmp_path/"wide")
@@ -117,7 +126,8 @@ def test_a_teacher_that_reads_otherwise(data, tmp_path):
     train_run(teacher, data, tmp_path/"teacher", progress=False)
     student = experiment_config("alad-matching-distill-finetune", "tiny", 1)
     student.training.max_steps = 2
-    with pytest.raises(InputError, match="detections det instead of fast"): train_run(student, data, tmp_path/"student", tmp_path/"teacher"/"model", progress=False)
+    with pytest.raises(InputError, match="detections det instead of fast"):
+        train_run(student, data, tmp_path/"student", tmp_path/"teacher"/"model", progress=False)
     student.data = teacher.data
     assert train_run(student, data, tmp_path/"student", tmp_path/"teacher"/"model", progress=False)["teacher"]["taken"]
 
@@ -128,9 +138,11 @@ def test_settings_that_do_not_fit():
 
 def test_settings_on_top_of_others(tmp_path):
     config = experiment_config(CONFIGURATIONS[1], "scenes_published", 1)
-    assert config.data.merge == "published" and config.model.hidden_size == experiment_config(CONFIGURATIONS[1], "scenes", 1).model.hidden_size
+    assert (config.data.merge == "published"
+            and config.model.hidden_size == experiment_config(CONFIGURATIONS[1], "scenes", 1).model.hidden_size)
     (tmp_path/"s.yaml").write_text(yaml.safe_dump(dict(base="scenes_publishd")))
-    with pytest.raises(InputError, match="did you mean scenes_published"): experiment_config(CONFIGURATIONS[1], str(tmp_path/"s.yaml"), 1)
+    with pytest.raises(InputError, match="did you mean scenes_published"):
+        experiment_config(CONFIGURATIONS[1], str(tmp_path/"s.yaml"), 1)
     assert (resource_dir("experiments")/"settings"/"scenes_published.yaml").exists()
 
 
@@ -143,7 +155,8 @@ def test_small_clip_from_the_command(data, tmp_path, capsys):
 
 def test_length_sweep(data, tmp_path, capsys):
     "One run for each border between tags and regions; a second call trains nothing."
-    command = ["lengths", "--configuration", CONFIGURATIONS[1], "--settings", "tiny", "--data", str(data), "--out", str(tmp_path), "--total", "12", "--tags", "4", "8", "--steps", "2"]
+    command = ["lengths", "--configuration", CONFIGURATIONS[1], "--settings", "tiny", "--data", str(data),
+               "--out", str(tmp_path), "--total", "12", "--tags", "4", "8", "--steps", "2"]
     assert main(command) == 0 and "rsum" in capsys.readouterr().out
     table = pd.read_csv(tmp_path/"lengths.csv")
     assert table[["tags", "regions"]].to_numpy().tolist() == [[4, 8], [8, 4]] and (tmp_path/"lengths.png").exists()
@@ -151,6 +164,7 @@ def test_length_sweep(data, tmp_path, capsys):
     for path in made:
         run = json.loads(path.read_text())
         assert run["config"]["data"]["max_tags"] + run["config"]["data"]["max_regions"] == 12
-        assert run["minival"]["alignment"]["rsum"] == pytest.approx(table.set_index("tags").loc[run["config"]["data"]["max_tags"], "rsum"], rel=1e-4)
+        assert (run["minival"]["alignment"]["rsum"]
+                == pytest.approx(table.set_index("tags").loc[run["config"]["data"]["max_tags"], "rsum"], rel=1e-4))
     assert main(command) == 0 and made == {p: p.stat().st_mtime_ns for p in made}
     assert main([*command[:-4], "4", "12"]) == 2 and "2 to 11" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""A failure at any write, rename, fsync or unlink leaves the old result or the new one, and the same command then ends well.
+"""A failure at any write, rename, fsync or unlink leaves the old result or the new one, and the same command then ends
+well.
 
-Every command is run once to count its calls to the file system, then again with a failure at each of them (at some of them, for commands
-that take longer; at all with ALADIN_EXHAUSTIVE=1)."""
+Every command is run once to count its calls to the file system, then again with a failure at each of them (at some of
+them, for commands that take longer; at all with ALADIN_EXHAUSTIVE=1)."""
 import argparse
 import builtins
 import errno
@@ -36,7 +37,8 @@ from aladin.search.index import SearchIndex
 from small_inputs import ids_of, write_data, write_model, write_picture
 
 golden = Path(__file__).parent/"golden"/"v1"
-CALLS = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "posix_fallocate", "pwrite", "ftruncate", "chmod")
+CALLS = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "posix_fallocate", "pwrite",
+         "ftruncate", "chmod")
 
 
 class Faults:
@@ -45,7 +47,8 @@ class Faults:
         self.folder, self.at, self.count, self.hit = str(folder), at, 0, ""
         for name in CALLS: self.wrap(monkeypatch, os, name)
         self.wrap(monkeypatch, aladin.files, "exchange")
-        for module in (aladin.training.checkpoints, aladin.data.text, aladin.data.clip, aladin.evaluation.embeddings): self.wrap(monkeypatch, module, "save_file")
+        for module in (aladin.training.checkpoints, aladin.data.text, aladin.data.clip, aladin.evaluation.embeddings):
+            self.wrap(monkeypatch, module, "save_file")
         for module in (builtins, io): self.wrap_open(monkeypatch, module)
 
     def step(self, name):
@@ -75,7 +78,8 @@ def tree(folder):
     folder = Path(folder)
     if folder.is_file(): return hashlib.sha256(folder.read_bytes()).hexdigest()
     if not folder.exists(): return None
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def complete(check, where):
@@ -104,7 +108,8 @@ def failures(run, reset, check, folder, whole=True, most=25):
         where = f"call {at} of {total}, {faults.hit}"
         assert faults.hit, where
         check(where)
-        if status and not complete(check, where): assert run() in (0, None), where  # else the failure came after the result, or was of a cache
+        # else the failure came after the result, or was of a cache
+        if status and not complete(check, where): assert run() in (0, None), where
         check(where, ended=True)
     return total
 
@@ -114,7 +119,8 @@ def old_or_new(path, old, new):
     path = Path(path)
     def check(where, ended=False):
         found = tree(path)
-        assert found == new if ended else found in (old, new), f"{where}: {sorted(found) if isinstance(found, dict) else found}"
+        assert found == new if ended else found in (old, new), (
+            f"{where}: {sorted(found) if isinstance(found, dict) else found}")
         if not ended: return
         parts = list(path.parent.glob(f".{path.name}.*.part"))
         for part in parts: remove_if_stale(part)  # what a failing unlink has left is removed by the next call
@@ -146,7 +152,8 @@ def test_prepare(tmp_path):
     a, b, out = write_data(tmp_path/"a", 3), write_data(tmp_path/"b", 4, seed=1), tmp_path/"work"/"out"
     old, new = made(tmp_path, (("prepare", "--data", a), "out"), (("prepare", "--data", b), "out"))
     out.parent.mkdir()
-    failures(run_main("prepare", "--data", b, "--out", out, "--force"), lambda: put_back(old, out), old_or_new(out, tree(old), tree(new)), tmp_path/"work", whole=False, most=60)
+    failures(run_main("prepare", "--data", b, "--out", out, "--force"), lambda: put_back(old, out),
+             old_or_new(out, tree(old), tree(new)), tmp_path/"work", whole=False, most=60)
     assert len(open_regions(out/"regions")) == 4
 
 
@@ -156,7 +163,8 @@ def test_extract(tmp_path):
     words, out = ("extract", "--images", tmp_path/"pictures", "--detector", tmp_path/"detr"), tmp_path/"work"/"out"
     [new] = made(tmp_path, (words, "out"))
     out.parent.mkdir()
-    failures(run_main(*words, "--out", out), lambda: put_back(None, out), old_or_new(out, None, tree(new)), tmp_path/"work", whole=False)
+    failures(run_main(*words, "--out", out), lambda: put_back(None, out), old_or_new(out, None, tree(new)),
+             tmp_path/"work", whole=False)
 
 
 def test_convert(tmp_path):
@@ -165,9 +173,11 @@ def test_convert(tmp_path):
     torch.save(saved, tmp_path/"other.pth.tar")
     words = ("convert", "--oscar", golden/"oscar_ckpt", "--checkpoint")
     out = tmp_path/"work"/"out"
-    old, new = made(tmp_path, ((*words, golden/"checkpoint.pth.tar"), "out"), ((*words, tmp_path/"other.pth.tar"), "out"))
+    old, new = made(tmp_path, ((*words, golden/"checkpoint.pth.tar"), "out"),
+                    ((*words, tmp_path/"other.pth.tar"), "out"))
     out.parent.mkdir()
-    failures(run_main(*words, tmp_path/"other.pth.tar", "--out", out, "--force"), lambda: put_back(old, out), old_or_new(out, tree(old), tree(new)), tmp_path/"work")
+    failures(run_main(*words, tmp_path/"other.pth.tar", "--out", out, "--force"), lambda: put_back(old, out),
+             old_or_new(out, tree(old), tree(new)), tmp_path/"work")
 
 
 def test_encode(tmp_path):
@@ -176,7 +186,8 @@ def test_encode(tmp_path):
     old, new = made(tmp_path, *((("encode", "--model", m, "--data", data), "e.safetensors") for m in models))
     out.parent.mkdir()
     check = old_or_new(out, tree(old), tree(new))
-    failures(run_main("encode", "--model", models[1], "--data", data, "--out", out, "--force"), lambda: put_back(old, out), check, tmp_path/"work")
+    failures(run_main("encode", "--model", models[1], "--data", data, "--out", out, "--force"),
+             lambda: put_back(old, out), check, tmp_path/"work")
     assert len(load_embeddings(out).image_ids) == 4
 
 
@@ -192,7 +203,8 @@ def test_index(tmp_path):
         found = {h.id for h in index.search("a red fish", k=10)}
         assert found in ([set(ids_of(5))] if ended else [set(ids_of(3)), set(ids_of(5))]), (where, found)
         assert all(len(index.search_captions(i, k=50)) in (15, 25) for i in found), where
-    failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(tmp_path/"index", out), check, tmp_path/"work")
+    failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(tmp_path/"index", out),
+             check, tmp_path/"work")
 
 
 def test_new_index(tmp_path):
@@ -200,8 +212,10 @@ def test_new_index(tmp_path):
     out.parent.mkdir()
 
     def check(where, ended=False):
-        if ended or (out/"index.json").exists(): assert len(SearchIndex.open(out, model)) in ((3,) if ended else (0, 3)), where
-    failures(run_main("index", "--model", model, "--data", data, "--out", out), lambda: put_back(None, out), check, tmp_path/"work")
+        if ended or (out/"index.json").exists():
+            assert len(SearchIndex.open(out, model)) in ((3,) if ended else (0, 3)), where
+    failures(run_main("index", "--model", model, "--data", data, "--out", out), lambda: put_back(None, out),
+             check, tmp_path/"work")
 
 
 def test_delete_from_an_index(tmp_path):
@@ -210,7 +224,8 @@ def test_delete_from_an_index(tmp_path):
     out.parent.mkdir()
 
     def check(where, ended=False): assert len(SearchIndex.open(out, model)) in ((2,) if ended else (2, 3)), where
-    failures(run_main("index", "--out", out, "--delete", "1000"), lambda: put_back(tmp_path/"index", out), check, tmp_path/"work")
+    failures(run_main("index", "--out", out, "--delete", "1000"), lambda: put_back(tmp_path/"index", out),
+             check, tmp_path/"work")
 
 
 def test_index_with_codes(tmp_path, monkeypatch):
@@ -231,24 +246,32 @@ def test_index_with_codes(tmp_path, monkeypatch):
             assert len(found) in ((last,) if ended else counts) and found == set(index.image_ids()), where
             assert len(index.engines["captions"]) in {5*c for c in counts}, where
         return check
-    failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(old, out), check_with((21, 24), 24), tmp_path/"work", whole=False, most=16)
+    failures(run_main("index", "--model", model, "--data", all_, "--out", out), lambda: put_back(old, out),
+             check_with((21, 24), 24), tmp_path/"work", whole=False, most=16)
     monkeypatch.setattr("aladin.search.faiss.FLAT", 16)
-    failures(run_main("index", "--model", model, "--data", few, "--out", out, "--prune"), lambda: put_back(old, out), check_with((21, 22), 22), tmp_path/"work", whole=False, most=8)
+    failures(run_main("index", "--model", model, "--data", few, "--out", out, "--prune"), lambda: put_back(old, out),
+             check_with((21, 22), 22), tmp_path/"work", whole=False, most=8)
 
 
 @pytest.mark.parametrize("engine", ["exact", "faiss"])
 def test_compaction(tmp_path, monkeypatch, engine):
-    "After any failure everything that counts is found, by an index that was open before and by one opened then; at the end nothing else is left."
+    """After any failure everything that counts is found, by an index that was open before and by one opened then; at
+    the end nothing else is left."""
     if engine == "faiss": pytest.importorskip("faiss")
     monkeypatch.setattr("aladin.search.faiss.FLAT", 16)
     monkeypatch.setattr("aladin.search.segments._PAUSE", 0)
     model, out, old = write_model(tmp_path/"model"), tmp_path/"work"/"index", tmp_path/"index"
-    for number, count in enumerate((18, 20)): assert main(["index", "--model", str(model), "--data", str(write_data(tmp_path/f"data-{number}", count, seed=number)), "--out", str(old), "--engine", engine]) == 0
+    for number, count in enumerate((18, 20)):
+        assert main(["index", "--model", str(model),
+                     "--data", str(write_data(tmp_path/f"data-{number}", count, seed=number)), "--out", str(old),
+                     "--engine", engine]) == 0
     assert main(["index", "--out", str(old), "--delete", "1003", "1004"]) == 0
     out.parent.mkdir()
     put_back(old, out)
     loaded = load_model(model)
-    def answers(index): return [[(h.id, round(h.score, 4)) for h in index.search("a red fish", k=40)], [h.id for h in index.search_captions("1005", k=200, rerank=0)]]
+    def answers(index):
+        return [[(h.id, round(h.score, 4)) for h in index.search("a red fish", k=40)],
+                [h.id for h in index.search_captions("1005", k=200, rerank=0)]]
     expected, opened = answers(SearchIndex(out, loaded)), []
     assert len(expected[0]) == 18 and len(expected[1]) == 90
 
@@ -281,7 +304,8 @@ def train(prepared, out, seed, **options):
 def state(run):
     "Seed of the training that the folder says it holds, and digest of its model."
     about = run/"training.json"
-    return json.loads(about.read_text())["config"]["seed"] if about.exists() else None, tree(run/"model"/"model.safetensors")
+    return (json.loads(about.read_text())["config"]["seed"] if about.exists() else None,
+            tree(run/"model"/"model.safetensors"))
 
 
 def test_train_anew(prepared, tmp_path):
@@ -294,7 +318,8 @@ def test_train_anew(prepared, tmp_path):
     def check(where, ended=False):
         assert state(out) in (expected[1:] if ended else expected), where
         load_model(out/"model")
-    failures(lambda: train(prepared, out, 2, force=True), lambda: put_back(tmp_path/"seed-1", out), check, tmp_path/"work", whole=False, most=20)
+    failures(lambda: train(prepared, out, 2, force=True), lambda: put_back(tmp_path/"seed-1", out), check,
+             tmp_path/"work", whole=False, most=20)
 
 
 def test_train(prepared, tmp_path):
@@ -307,11 +332,15 @@ def test_train(prepared, tmp_path):
         found = state(out)
         assert found == expected if ended or found[0] else found[0] is None, where
         if (out/"model").exists(): load_model(out/"model")
-    failures(lambda: train(prepared, out, 1, resume="auto"), lambda: put_back(None, out), check, tmp_path/"work", whole=False, most=20)
+    failures(lambda: train(prepared, out, 1, resume="auto"), lambda: put_back(None, out), check, tmp_path/"work",
+             whole=False, most=20)
 
 
-@pytest.mark.parametrize("stage, files", [("train", ["model/weights", "history.csv", "training.json", "train.ipynb"]), ("evaluate", ["metrics.json", "embeddings.safetensors"]),
-                                          ("prepare", ["data/prepared.json", "data/regions/x", "scenes/x", "prepare.ipynb"]), ("report", ["table.md", "table.csv", "report.ipynb"])])
+@pytest.mark.parametrize("stage, files", [
+    ("train", ["model/weights", "history.csv", "training.json", "train.ipynb"]),
+    ("evaluate", ["metrics.json", "embeddings.safetensors"]),
+    ("prepare", ["data/prepared.json", "data/regions/x", "scenes/x", "prepare.ipynb"]),
+    ("report", ["table.md", "table.csv", "report.ipynb"])])
 def test_results(tmp_path, monkeypatch, stage, files):
     "A stage of the graph: what it makes takes the place of what was there as a whole."
     study = describe(tmp_path/"work", size="tiny", configurations=["alad-alignment-triplet"], seed=1)

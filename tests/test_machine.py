@@ -1,4 +1,5 @@
-"What a real machine brings: second processes, full disks, umasks, homes and folders that cannot be written, links, odd names, terminals and pipes."
+"""What a real machine brings: second processes, full disks, umasks, homes and folders that cannot be written, links,
+odd names, terminals and pipes."""
 import inspect, io
 import json
 import os
@@ -37,12 +38,15 @@ def made(tmp_path_factory):
     write_data(folder/"data", 4)
     write_model(folder/"model")
     assert main(["prepare", "--data", str(folder/"data"), "--out", str(folder/"prepared")]) == 0
-    assert main(["encode", "--model", str(folder/"model"), "--data", str(folder/"data"), "--out", str(folder/"e.safetensors")]) == 0
-    assert main(["index", "--model", str(folder/"model"), "--data", str(folder/"data"), "--out", str(folder/"index")]) == 0
+    assert main(["encode", "--model", str(folder/"model"), "--data", str(folder/"data"),
+                 "--out", str(folder/"e.safetensors")]) == 0
+    assert main(["index", "--model", str(folder/"model"), "--data", str(folder/"data"),
+                 "--out", str(folder/"index")]) == 0
     return folder
 
 
-def encode(made, out, *more): return main(["encode", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(out), *more])
+def encode(made, out, *more):
+    return main(["encode", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(out), *more])
 
 
 def search(index, *more): return main(["search", "--index", str(index), "-k", "2", *more])
@@ -73,35 +77,45 @@ def test_a_lock_of_snakemake_that_no_killed_run_left_is_kept(tmp_path):
 def test_a_training_is_not_replaced_unasked(made, tmp_path):
     config = experiment_config("alad-alignment-triplet", "tiny", 1)
     config.training.max_steps, config.training.pretrain_steps = 1, 0
-    for options in ({}, dict(force=True), dict(resume="auto")): train_run(config, made/"prepared", tmp_path/"run", progress=False, **options)
+    for options in ({}, dict(force=True), dict(resume="auto")):
+        train_run(config, made/"prepared", tmp_path/"run", progress=False, **options)
     (tmp_path/"run"/"notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in (tmp_path/"run").rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match="--resume auto .* --force"): train_run(config, made/"prepared", tmp_path/"run", progress=False)
+    with pytest.raises(InputError, match="--resume auto .* --force"):
+        train_run(config, made/"prepared", tmp_path/"run", progress=False)
     assert before == {p: p.read_bytes() for p in before}
     config.seed = 2
     train_run(config, made/"prepared", tmp_path/"run", progress=False, force=True)
-    assert read_json(tmp_path/"run"/"training.json")["config"]["seed"] == 2 and (tmp_path/"run"/"notes.txt").read_text() == "mine"
+    assert (read_json(tmp_path/"run"/"training.json")["config"]["seed"] == 2
+            and (tmp_path/"run"/"notes.txt").read_text() == "mine")
 
 
-@pytest.mark.parametrize("command", ["convert", "encode", "make-clip", "convert-detections", "prepare", "index", "evaluate", "train", "extract"])
+@pytest.mark.parametrize("command", [
+    "convert", "encode", "make-clip", "convert-detections", "prepare", "index", "evaluate", "train", "extract"])
 def test_files_that_aladin_did_not_write_stay(made, tmp_path, command, capsys):
     "Whatever --force says."
     golden = Path(__file__).parent/"golden"
-    words = dict(convert=["--checkpoint", golden/"v1"/"checkpoint.pth.tar", "--oscar", golden/"v1"/"oscar_ckpt"], encode=["--model", made/"model", "--data", made/"data"],
-                 prepare=["--data", made/"data"], index=["--model", made/"model", "--data", made/"data"], evaluate=["--embeddings", made/"e.safetensors"],
-                 train=["--configuration", "alad-alignment-triplet", "--settings", "tiny", "--data", made/"prepared"], extract=["--images", tmp_path, "--detector", tmp_path])
+    words = dict(convert=["--checkpoint", golden/"v1"/"checkpoint.pth.tar", "--oscar", golden/"v1"/"oscar_ckpt"],
+                 encode=["--model", made/"model", "--data", made/"data"], prepare=["--data", made/"data"],
+                 index=["--model", made/"model", "--data", made/"data"],
+                 evaluate=["--embeddings", made/"e.safetensors"],
+                 train=["--configuration", "alad-alignment-triplet", "--settings", "tiny", "--data", made/"prepared"],
+                 extract=["--images", tmp_path, "--detector", tmp_path])
     words |= {"make-clip": ["--data", made/"data"], "convert-detections": ["--shelve", golden/"none"]}
     file = command in ("encode", "evaluate")
     (mine := tmp_path/("thesis.txt" if file else "folder/thesis.txt")).parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     out = mine if file else mine.parent
     force = ["--force"] if command in ("convert", "encode", "convert-detections", "prepare") else []
-    status = main([command, *map(str, words[command]), "--json" if command == "evaluate" else "--out", str(out), *force]) if command != "train" else 2
+    status = (main([command, *map(str, words[command]),
+                    "--json" if command == "evaluate" else "--out", str(out), *force])
+              if command != "train" else 2)
     assert status == 2 and mine.read_text() == "mine", said(capsys)
 
 
-@pytest.mark.parametrize("words, name", [(["export", "--format", "hdf5", "parquet", "--index", "{made}/index"], "index.h5"),
-                                         (["search-study", "--model", "{made}/model", "--data", "{made}/data"], "search.json")])
+@pytest.mark.parametrize("words, name", [
+    (["export", "--format", "hdf5", "parquet", "--index", "{made}/index"], "index.h5"),
+    (["search-study", "--model", "{made}/model", "--data", "{made}/data"], "search.json")])
 def test_exports_and_studies_are_not_replaced_unasked(made, tmp_path, capsys, words, name):
     (tmp_path/name).write_text("mine")
     assert main([*(w.format(made=made) for w in words), "--out", str(tmp_path)]) == 2
@@ -114,7 +128,8 @@ def test_a_folder_called_part_beside_the_output_stays(made, tmp_path):
         (tmp_path/name/"thesis.txt").write_text("mine")
     golden = Path(__file__).parent/"golden"/"v1"
     assert main(["prepare", "--data", str(made/"data"), "--out", str(tmp_path/"prepared")]) == 0
-    assert main(["convert", "--checkpoint", str(golden/"checkpoint.pth.tar"), "--oscar", str(golden/"oscar_ckpt"), "--out", str(tmp_path/"model")]) == 0
+    assert main(["convert", "--checkpoint", str(golden/"checkpoint.pth.tar"), "--oscar", str(golden/"oscar_ckpt"),
+                 "--out", str(tmp_path/"model")]) == 0
     assert all((tmp_path/name/"thesis.txt").read_text() == "mine" for name in ("prepared.part", "model.part"))
 
 
@@ -128,7 +143,8 @@ def test_two_encodings_of_one_file(made, tmp_path, capsys):
     before = out.stat().st_mtime_ns
     assert encode(made, out) == 0 and out.stat().st_mtime_ns == before
     assert encode(made, out, "--dtype", "float16") == 2 and "--force" in said(capsys)
-    assert encode(made, out, "--dtype", "float16", "--force") == 0 and str(load_embeddings(out).regions.values.dtype) == "torch.float16"
+    assert (encode(made, out, "--dtype", "float16", "--force") == 0
+            and str(load_embeddings(out).regions.values.dtype) == "torch.float16")
 
 
 def test_an_unfinished_file_that_is_not_aladins_stays(made, tmp_path):
@@ -140,9 +156,13 @@ def test_two_processes_read_the_same_captions_through_clip(tmp_path):
     "Both get the vectors, whoever writes them into the cache."
     texts = [f"a {colour} fish" for colour in ("red", "blue", "green")]*20
     make_clip(tmp_path/"clip", texts)
-    code = ("import sys, numpy as np; from aladin.data.clip import ClipReader; r = ClipReader(sys.argv[1], sys.argv[2]); "
-            f"np.save(sys.argv[3], np.concatenate(list(r.captions({texts!r}, 20)))); np.save(sys.argv[4], r.sentences({texts[:3]!r})[{texts[0]!r}])")
-    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path/"clip", tmp_path/"cache", tmp_path/f"c{n}.npy", tmp_path/f"s{n}.npy"]) for n in range(3)]
+    code = ("import sys, numpy as np; from aladin.data.clip import ClipReader; "
+            "r = ClipReader(sys.argv[1], sys.argv[2]); "
+            f"np.save(sys.argv[3], np.concatenate(list(r.captions({texts!r}, 20)))); "
+            f"np.save(sys.argv[4], r.sentences({texts[:3]!r})[{texts[0]!r}])")
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path/"clip", tmp_path/"cache",
+                                   tmp_path/f"c{n}.npy", tmp_path/f"s{n}.npy"])
+                 for n in range(3)]
     assert [p.wait() for p in processes] == [0, 0, 0]
     expected = np.concatenate(list(ClipReader(tmp_path/"clip").captions(texts, 20)))
     for n in range(3): np.testing.assert_array_equal(np.load(tmp_path/f"c{n}.npy"), expected)
@@ -151,7 +171,8 @@ def test_two_processes_read_the_same_captions_through_clip(tmp_path):
 
 def test_two_processes_build_one_index(made, tmp_path):
     command = [*COMMAND, "index", "--model", made/"model", "--data", made/"data", "--out", tmp_path/"index"]
-    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                 for _ in range(2)]
     assert [p.wait() for p in processes] == [0, 0]
     index = SearchIndex.open(tmp_path/"index", made/"model")
     assert len(index) == 4 and len(index.engines["captions"]) == 20
@@ -186,9 +207,12 @@ def unshared(script, **options):
 def test_a_full_disk_ends_encoding_with_a_message(made, tmp_path):
     write_data(tmp_path/"data", 300)
     (tmp_path/"small").mkdir()
-    encoding = f"'{sys.executable}' -m aladin encode --model '{made/'model'}' --data '{tmp_path/'data'}' --out '{tmp_path/'small'/'e.safetensors'}'"
-    done = unshared(f"mount -t tmpfs -o size=600k tmpfs '{tmp_path/'small'}' && {{ {encoding}; status=$?; ls -A '{tmp_path/'small'}'; exit $status; }}")
-    assert done.returncode == 2 and "e.safetensors" in done.stderr and "room for" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    encoding = (f"'{sys.executable}' -m aladin encode --model '{made/'model'}' --data '{tmp_path/'data'}' "
+                f"--out '{tmp_path/'small'/'e.safetensors'}'")
+    done = unshared(f"mount -t tmpfs -o size=600k tmpfs '{tmp_path/'small'}' && "
+                    f"{{ {encoding}; status=$?; ls -A '{tmp_path/'small'}'; exit $status; }}")
+    assert (done.returncode == 2 and "e.safetensors" in done.stderr and "room for" in done.stderr
+            and "Traceback" not in done.stderr), done.stderr
     assert done.stdout.strip() == ""  # nothing is left
 
 
@@ -209,7 +233,8 @@ def test_files_follow_the_umask(made, tmp_path, umask, mode):
     try:
         write_model(tmp_path/"model")
         assert encode(made, tmp_path/"e.safetensors") == 0
-        assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(tmp_path/"index")]) == 0
+        assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"),
+                     "--out", str(tmp_path/"index")]) == 0
         config = experiment_config("alad-alignment-triplet", "tiny", 1)
         config.training.max_steps, config.training.pretrain_steps = 1, 0
         train_run(config, made/"prepared", tmp_path/"run", progress=False)
@@ -221,7 +246,8 @@ def test_files_follow_the_umask(made, tmp_path, umask, mode):
 
 def test_results_without_a_home(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"} | dict(HOME="/proc/none")
-    done = run("results", "--size", "tiny", "--configuration", "alad-matching-triplet-e2e", "--jobs", "2", "--out", tmp_path, env=environment)
+    done = run("results", "--size", "tiny", "--configuration", "alad-matching-triplet-e2e", "--jobs", "2",
+               "--out", tmp_path, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert (tmp_path/"scenes-tiny"/"table.md").exists()
 
@@ -234,9 +260,14 @@ def test_a_home_of_the_run_where_there_is_none(tmp_path, monkeypatch):
 
 
 COMMANDS_THAT_WRITE = {
-    "prepare": ["--data", "{made}/data", "--out"], "encode": ["--model", "{made}/model", "--data", "{made}/data", "--out"], "index": ["--model", "{made}/model", "--data", "{made}/data", "--out"],
-    "evaluate": ["--embeddings", "{made}/e.safetensors", "--json"], "search": ["a red fish", "--index", "{made}/index", "--show"], "make-clip": ["--data", "{made}/data", "--out"],
-    "train": ["--configuration", "alad-alignment-triplet", "--settings", "tiny", "--data", "{made}/prepared", "--out"], "results": ["--size", "tiny", "--out"]}
+    "prepare": ["--data", "{made}/data", "--out"],
+    "encode": ["--model", "{made}/model", "--data", "{made}/data", "--out"],
+    "index": ["--model", "{made}/model", "--data", "{made}/data", "--out"],
+    "evaluate": ["--embeddings", "{made}/e.safetensors", "--json"],
+    "search": ["a red fish", "--index", "{made}/index", "--show"],
+    "make-clip": ["--data", "{made}/data", "--out"],
+    "train": ["--configuration", "alad-alignment-triplet", "--settings", "tiny", "--data", "{made}/prepared", "--out"],
+    "results": ["--size", "tiny", "--out"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS_THAT_WRITE)
@@ -249,9 +280,14 @@ def test_an_output_that_cannot_be_is_a_message(made, tmp_path, command, capsys):
     assert (tmp_path/"file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied", "/x/y"), ["/x/y", "Permission denied", "choose a place that you may use"]),
-                                          (OSError(28, "No space left on device", "/x/y"), ["/x/y", "make room"]), (IsADirectoryError(21, "Is a directory", "/x/y"), ["/x/y", "name a file"]),
-                                          (MemoryError("Unable to allocate 9 TiB"), ["9 TiB", "--batch-size"]), (ConnectionError("gone"), ["gone"])], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(13, "Permission denied", "/x/y"),
+     ["/x/y", "Permission denied", "choose a place that you may use"]),
+    (OSError(28, "No space left on device", "/x/y"), ["/x/y", "make room"]),
+    (IsADirectoryError(21, "Is a directory", "/x/y"), ["/x/y", "name a file"]),
+    (MemoryError("Unable to allocate 9 TiB"), ["9 TiB", "--batch-size"]),
+    (ConnectionError("gone"), ["gone"])
+], ids=lambda o: type(o).__name__)
 def test_errors_of_the_system_are_messages(monkeypatch, capsys, error, words):
     def fail(*_, **__): raise error
     monkeypatch.setattr("aladin.data.manifests.verify", fail)
@@ -261,8 +297,10 @@ def test_errors_of_the_system_are_messages(monkeypatch, capsys, error, words):
 
 
 def test_a_folder_where_a_file_is_expected(made, tmp_path, capsys):
-    for words in (["evaluate", "--embeddings", str(tmp_path)], ["evaluate", "--embeddings", str(made/"e.safetensors"), "--keys", str(tmp_path)],
-                  ["evaluate", "--embeddings", str(made/"e.safetensors"), "--json", str(tmp_path)], ["search", "x", "--index", str(made/"index"), "--show", str(tmp_path)]):
+    for words in (["evaluate", "--embeddings", str(tmp_path)],
+                  ["evaluate", "--embeddings", str(made/"e.safetensors"), "--keys", str(tmp_path)],
+                  ["evaluate", "--embeddings", str(made/"e.safetensors"), "--json", str(tmp_path)],
+                  ["search", "x", "--index", str(made/"index"), "--show", str(tmp_path)]):
         assert main(words) == 2 and str(tmp_path) in said(capsys), words
 
 
@@ -280,9 +318,11 @@ def test_links_as_outputs(made, tmp_path):
         (tmp_path/name).symlink_to(Path("disk")/name)
     (tmp_path/"e").symlink_to(Path("disk")/"e.safetensors")
     assert main(["prepare", "--data", str(made/"data"), "--out", str(tmp_path/"prepared")]) == 0
-    assert main(["convert", "--checkpoint", str(golden/"checkpoint.pth.tar"), "--oscar", str(golden/"oscar_ckpt"), "--out", str(tmp_path/"model")]) == 0
+    assert main(["convert", "--checkpoint", str(golden/"checkpoint.pth.tar"), "--oscar", str(golden/"oscar_ckpt"),
+                 "--out", str(tmp_path/"model")]) == 0
     assert encode(made, tmp_path/"e") == 0
-    assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"), "--out", str(tmp_path/"index")]) == 0
+    assert main(["index", "--model", str(made/"model"), "--data", str(made/"data"),
+                 "--out", str(tmp_path/"index")]) == 0
     assert all((tmp_path/name).is_symlink() for name in ("prepared", "model", "index", "e"))
     found = {p.relative_to(tmp_path/"disk").as_posix() for p in (tmp_path/"disk").rglob("*")}
     assert {"prepared/prepared.json", "model/config.json", "e.safetensors", "index/index.json"} <= found
@@ -303,10 +343,12 @@ def test_odd_names_and_another_working_folder(made, tmp_path, monkeypatch, capsy
     (tmp_path/"elsewhere").mkdir()
     monkeypatch.chdir(tmp_path/"elsewhere")
     capsys.readouterr()
-    assert main(["search", "a red fish", "--index", "../moved", "--json", "--show", "pa ge.html"]) == 2  # one or the other
+    # one or the other
+    assert main(["search", "a red fish", "--index", "../moved", "--json", "--show", "pa ge.html"]) == 2
     assert main(["search", "a red fish", "--index", "../moved", "--json"]) == 0
     assert {h["id"] for h in json.loads(capsys.readouterr().out)["hits"]} == {"id mit blank", "größe", "1"}
-    assert main(["search", "a red fish", "--index", "../moved", "--show", "pa ge.html"]) == 0 and (tmp_path/"elsewhere"/"pa ge.html").exists()
+    assert (main(["search", "a red fish", "--index", "../moved", "--show", "pa ge.html"]) == 0
+            and (tmp_path/"elsewhere"/"pa ge.html").exists())
 
 
 # Queries, terminals, pipes
@@ -317,7 +359,8 @@ def ask(monkeypatch, text, index, *more):
 
 
 def test_queries_that_cannot_be_read_are_reported_and_the_others_answered(made, monkeypatch, capsys):
-    text = "a red fish\n".encode() + "ein gr\u00f6\u00dferer fisch\n".encode("latin-1") + b"\n" + "a blue fish \u56fe\n".encode()
+    text = ("a red fish\n".encode() + "ein gr\u00f6\u00dferer fisch\n".encode("latin-1") + b"\n"
+            + "a blue fish \u56fe\n".encode())
     assert ask(monkeypatch, text, made/"index", "--json") == 2
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
@@ -345,7 +388,8 @@ def test_a_terminal_that_knows_ascii_alone(made, tmp_path):
 
 def test_a_closed_pipe_ends_the_command_quietly(made, tmp_path):
     (tmp_path/"queries.txt").write_text("a red fish\n"*300)
-    command = f"'{sys.executable}' -m aladin search --index '{made/'index'}' --json < '{tmp_path/'queries.txt'}' | head -n 1"
+    command = (f"'{sys.executable}' -m aladin search --index '{made/'index'}' --json < '{tmp_path/'queries.txt'}' "
+               "| head -n 1")
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == "" and json.loads(done.stdout)["query"] == "a red fish"
 
@@ -366,7 +410,8 @@ def test_numbers_out_of_range_are_refused_by_name(command, option, capsys):
     lowest = inspect.getclosurevars(action.type).nonlocals["lowest"]
     for value in (lowest - 1, "much", "nan"):
         with pytest.raises(SystemExit) as stop: main([command, option, str(value)])
-        assert stop.value.code == 2 and f"argument {option}" in said(capsys).replace("argument -k", f"argument {option}")
+        assert (stop.value.code == 2
+                and f"argument {option}" in said(capsys).replace("argument -k", f"argument {option}"))
 
 
 def test_no_queries(made): assert SearchIndex.open(made/"index", made/"model").search_all([]) == []

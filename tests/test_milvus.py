@@ -1,6 +1,8 @@
-"""Search at a Milvus standalone server: the answers of exact search, what a process has written, limits, a wrong token, compaction, and a restart.
+"""Search at a Milvus standalone server: the answers of exact search, what a process has written, limits, a wrong token,
+compaction, and a restart.
 
-The server comes from the package milvus (extra `server-tests`), is started once, and is ended by its process id. tests/test_search.py has Milvus Lite."""
+The server comes from the package milvus (extra `server-tests`), is started once, and is ended by its process id.
+tests/test_search.py has Milvus Lite."""
 import subprocess
 import sys
 import threading
@@ -40,7 +42,8 @@ class Server:
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             try:
-                with engines._quiet(): return pymilvus.MilvusClient(self.uri, token=milvus_server.TOKEN, timeout=5, dedicated=True).close()
+                with engines._quiet():
+                    return pymilvus.MilvusClient(self.uri, token=milvus_server.TOKEN, timeout=5, dedicated=True).close()
             except pymilvus.MilvusException: time.sleep(.3)
         raise RuntimeError(f"the server does not answer: {(self.folder/'log').read_text(errors='replace')[-2000:]}")
 
@@ -52,7 +55,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    pytest.importorskip("milvus", reason="no package milvus with a server for Linux on x86_64: pip install 'aladin[server-tests]'")
+    pytest.importorskip(
+        "milvus", reason="no package milvus with a server for Linux on x86_64: pip install 'aladin[server-tests]'")
     server = Server(tmp_path_factory.mktemp("milvus"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, milvus_server.TOKEN)
@@ -84,9 +88,11 @@ def test_flat_equals_exact(server, tmp_path):
     queries = unit(300, DIM, 0)
     same(exact.search(queries, 12), milvus.search(queries, 12))
     assert len(milvus) == len(exact) == 900
-    assert milvus.find([odd, "1-5"]) == exact.find([odd, "1-5"]) and milvus.place(odd) == exact.place(odd) and milvus.place("1-5") is None
+    assert (milvus.find([odd, "1-5"]) == exact.find([odd, "1-5"]) and milvus.place(odd) == exact.place(odd)
+            and milvus.place("1-5") is None)
     assert milvus.owned([odd, "1-5"]) == [odd]
-    with pytest.raises(InputError, match="search with the model"): MilvusEngine(store, server.uri, "flat", DIM, "another")
+    with pytest.raises(InputError, match="search with the model"):
+        MilvusEngine(store, server.uri, "flat", DIM, "another")
 
 
 def test_a_process_finds_what_it_has_written(server, tmp_path):
@@ -134,17 +140,20 @@ def test_reads_before_writes_are_strong(fifty, monkeypatch, level):
 def test_limit_of_answers(fifty, monkeypatch):
     engine = fifty
     assert len(engine.search(unit(1, DIM, 0), 10**6)[0]) == 50  # all of them
-    with pytest.raises(InputError, match="16384"): engine._search(unit(1, DIM, 0), engines._MOST + 1, "Session")  # the server's own limit
+    # the server's own limit
+    with pytest.raises(InputError, match="16384"): engine._search(unit(1, DIM, 0), engines._MOST + 1, "Session")
     assert len(engine._search(unit(1, DIM, 0), engines._MOST, "Session")[0]) == 50
     monkeypatch.setattr(engines, "_MOST", 40)
-    with pytest.raises(InputError, match="k and rerank: expected at most 40, the limit of a Milvus server, found 41"): engine.search(unit(1, DIM, 0), 41)
+    with pytest.raises(InputError, match="k and rerank: expected at most 40, the limit of a Milvus server, found 41"):
+        engine.search(unit(1, DIM, 0), 41)
 
 
 def test_wrong_token(server, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(engines.time, "sleep", lambda seconds: None)
     for token, found in (("root:secret", "another token"), ("", "no token")):
         monkeypatch.setenv(TOKEN, token)
-        with pytest.raises(InputError, match=f"token: expected the token of a user.*found {found}.*set ALADIN_MILVUS_TOKEN") as e:
+        with pytest.raises(InputError,
+                           match=f"token: expected the token of a user.*found {found}.*set ALADIN_MILVUS_TOKEN") as e:
             MilvusEngine(SetStore(tmp_path/"images"), server.uri, "token", DIM, "m")
         assert "secret" not in str(e.value)
     assert "Traceback" not in capfd.readouterr().err
@@ -152,7 +161,8 @@ def test_wrong_token(server, tmp_path, monkeypatch, capfd):
 
 def test_small_approximate_collection_is_exact_and_a_large_one_has_a_graph(server, tmp_path, monkeypatch):
     store, dim = SetStore(tmp_path/"images"), DIM
-    engine, other, exact = MilvusEngine(store, server.uri, "small", dim, "m", approximate=True), MilvusEngine(store, server.uri, "small", dim, "m"), ExactEngine(store)
+    engine, other, exact = (MilvusEngine(store, server.uri, "small", dim, "m", approximate=True),
+                            MilvusEngine(store, server.uri, "small", dim, "m"), ExactEngine(store))
     engine.put(write(store, [str(i) for i in range(3000)], 1)[0])
     queries = unit(100, dim, 0)
     same(exact.search(queries, 10), engine.search(queries, 10))
@@ -163,14 +173,16 @@ def test_small_approximate_collection_is_exact_and_a_large_one_has_a_graph(serve
     engine.settle()
     assert engine._index() == "HNSW"
     for each in (engine, other):
-        shared = [len({o[0] for o in a} & {o[0] for o in b})/10 for a, b in zip(exact.search(queries, 10), each.search(queries, 10))]
+        shared = [len({o[0] for o in a} & {o[0] for o in b})/10
+                  for a, b in zip(exact.search(queries, 10), each.search(queries, 10))]
         assert np.mean(shared) > .95
     engine.settle()  # nothing to do
 
 
 def test_compaction(server, scenes, tmp_path, monkeypatch):  # noqa: F811
     model, test = opened(scenes)
-    index, memory = SearchIndex.build(model, test, tmp_path/"index", server.uri, progress=False), SearchIndex.build(model, test, progress=False)
+    index, memory = (SearchIndex.build(model, test, tmp_path/"index", server.uri, progress=False),
+                     SearchIndex.build(model, test, progress=False))
     monkeypatch.setenv(CONSISTENCY, "eventually")
     second = SearchIndex.open(tmp_path/"index", scenes/"model")  # another client, open meanwhile
     for each in (index, memory): each.delete(test.image_ids[1:5])
@@ -180,14 +192,16 @@ def test_compaction(server, scenes, tmp_path, monkeypatch):  # noqa: F811
     assert before.isdisjoint(second.stores["images"].names())
     assert answers(second, test) == answers(memory, test)  # also where the node has not applied the new places yet
     assert answers(index, test) == answers(memory, test)
-    assert [h.id for h in second.search_captions(test.image_ids[0], k=5)] == [h.id for h in memory.search_captions(test.image_ids[0], k=5)]
+    assert ([h.id for h in second.search_captions(test.image_ids[0], k=5)]
+            == [h.id for h in memory.search_captions(test.image_ids[0], k=5)])
     for each in (index, second): each.close()
 
 
 def test_kill_and_restart(server, tmp_path, capfd):
     "An open client resumes after its server was killed during its inserts, and no acknowledged insert is lost."
     store = SetStore(tmp_path/"images")
-    engine, reader = MilvusEngine(store, server.uri, "killed", DIM, "m"), MilvusEngine(store, server.uri, "killed", DIM, "m")
+    engine, reader = (MilvusEngine(store, server.uri, "killed", DIM, "m"),
+                      MilvusEngine(store, server.uri, "killed", DIM, "m"))
     acknowledged, failures, enough, stop = {}, [], threading.Event(), threading.Event()
 
     def insert():
@@ -213,6 +227,7 @@ def test_kill_and_restart(server, tmp_path, capfd):
     writer.join(120)
     assert not writer.is_alive() and not failures, failures
     assert [o[0][0] for o in found] == ids
-    assert f"{server.uri}: waiting for Milvus, 90 s at most" in (told := capfd.readouterr().err) and "Traceback" not in told
+    assert (f"{server.uri}: waiting for Milvus, 90 s at most" in (told := capfd.readouterr().err)
+            and "Traceback" not in told)
     assert reader.find(list(acknowledged)).keys() == acknowledged.keys() and len(reader) == len(acknowledged)
     store.read(list(reader.find(ids).values()))

@@ -28,7 +28,12 @@ def pins():
     return {canonicalize_name(m[1]): Version(m[2]) for m in matches}
 
 
-def requirements(): return [Requirement(o) for key in ("requirements", "dev_requirements", "slurm_requirements", "faiss_requirements", "search_requirements", "import_requirements", "evaluation_requirements", "export_requirements", "serve_requirements", "server-tests_requirements", "peers_requirements", "docs_requirements") for o in settings()[key].split()]
+def requirements():
+    return [Requirement(o)
+            for key in ("requirements", "dev_requirements", "slurm_requirements", "faiss_requirements",
+                        "search_requirements", "import_requirements", "evaluation_requirements", "export_requirements",
+                        "serve_requirements", "server-tests_requirements", "peers_requirements", "docs_requirements")
+            for o in settings()[key].split()]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
@@ -62,4 +67,6 @@ def test_manifest_loads(name):
     assert paths and len(paths) == len(set(paths))
 
 
-def test_manifests_that_the_package_names(): assert {"scenes", "flickr8k", "flickr8k_source", "coco_ir", "vinvl_coco_features", "vinvl_base", "aladin_best", "all_minilm_l6_v2"} <= set(list_manifests())
+def test_manifests_that_the_package_names():
+    assert {"scenes", "flickr8k", "flickr8k_source", "coco_ir", "vinvl_coco_features", "vinvl_base", "aladin_best",
+            "all_minilm_l6_v2"} <= set(list_manifests())

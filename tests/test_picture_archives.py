@@ -50,8 +50,8 @@ def write_tars(photos, out):
 
 def table(photos, captions_in_rows=False):
     import pyarrow as pa
-    rows = [dict(image=dict(bytes=(photos/f"{i:06d}.png").read_bytes(), path=None), filename=f"{i:06d}.png", split=split_of(i),
-                 captions=[f"dog {i}", f"cat {i}"]) for i in range(6)]
+    rows = [dict(image=dict(bytes=(photos/f"{i:06d}.png").read_bytes(), path=None), filename=f"{i:06d}.png",
+                 split=split_of(i), captions=[f"dog {i}", f"cat {i}"]) for i in range(6)]
     if captions_in_rows: rows = [r | dict(captions=c) for r in rows for c in r["captions"]]
     return pa.Table.from_pylist(rows)
 
@@ -71,7 +71,8 @@ def write_caption_rows(photos, out):
 def write_arrow(photos, out):
     import pyarrow as pa
     out.mkdir()
-    with pa.OSFile(str(out/"data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table(photos).schema) as stream:
+    with (pa.OSFile(str(out/"data-00000-of-00001.arrow"), "wb") as file,
+          pa.ipc.new_stream(file, table(photos).schema) as stream):
         stream.write_table(table(photos), max_chunksize=4)
 
 
@@ -94,14 +95,16 @@ def test_regions_of_archives_are_those_of_the_files(kind, photos, encoder, tmp_p
     assert list(captions["train"]) == [f"{i:06d}" for i in range(4)]
     pictures = Pictures(tmp_path/"packed")
     assert pictures.thumbnail("000003") == Pictures(tmp_path/"plain").thumbnail("000003")
-    np.testing.assert_array_equal(np.asarray(pictures.open("000005")), np.asarray(Image.open(photos/"000005.png").convert("RGB")))
+    np.testing.assert_array_equal(
+        np.asarray(pictures.open("000005")), np.asarray(Image.open(photos/"000005.png").convert("RGB")))
     assert sorted(p.name for p in (tmp_path/"in").iterdir()) == before
 
 
 def test_extraction_trains(photos, encoder, tmp_path, capsys):
     "The data folder of archives is a data set: it is opened as a split."
     write_tars(photos, tmp_path/"in")
-    assert main(["extract", "--images", str(tmp_path/"in"), "--captions", str(tmp_path/"in"), "--encoder", str(encoder), "--out", str(tmp_path/"data")]) == 0
+    assert main(["extract", "--images", str(tmp_path/"in"), "--captions", str(tmp_path/"in"), "--encoder", str(encoder),
+                 "--out", str(tmp_path/"data")]) == 0
     assert main(["prepare", "--data", str(tmp_path/"data"), "--out", str(tmp_path/"prepared")]) == 0
     assert len(open_split(tmp_path/"prepared", "train")) == 8
 
@@ -110,7 +113,8 @@ def test_a_single_archive(photos, tmp_path):
     write_tars(photos, tmp_path/"in")
     found = find_pictures(tmp_path/"in"/"train-000.tar")
     assert list(found) == [f"{i:06d}" for i in range(4)]
-    np.testing.assert_array_equal(np.asarray(open_picture(found["000002"])), np.asarray(open_picture(photos/"000002.png")))
+    np.testing.assert_array_equal(
+        np.asarray(open_picture(found["000002"])), np.asarray(open_picture(photos/"000002.png")))
 
 
 def test_what_is_left_out_is_reported(photos, tmp_path):
@@ -156,7 +160,11 @@ def test_flipped_bytes(kind, photos, tmp_path):
     assert refused
 
 
-@pytest.mark.parametrize("name, kind", [("../a.png", tarfile.REGTYPE), ("/a.png", tarfile.REGTYPE), ("a.png", tarfile.SYMTYPE), ("a.png", tarfile.LNKTYPE)])
+@pytest.mark.parametrize("name, kind", [
+    ("../a.png", tarfile.REGTYPE),
+    ("/a.png", tarfile.REGTYPE),
+    ("a.png", tarfile.SYMTYPE),
+    ("a.png", tarfile.LNKTYPE)])
 def test_hostile_members(name, kind, tmp_path):
     with tarfile.open(tmp_path/"a.tar", "w") as archive:
         member = tarfile.TarInfo(name)
@@ -168,7 +176,8 @@ def test_hostile_members(name, kind, tmp_path):
 def test_an_empty_cell_is_left_out_by_name(photos, encoder, tmp_path, capsys):
     import pyarrow as pa
     import pyarrow.parquet
-    rows = [dict(image=dict(bytes=(photos/"000000.png").read_bytes() if i else None, path=f"{i}.png")) for i in range(3)]
+    rows = [dict(image=dict(bytes=(photos/"000000.png").read_bytes() if i else None, path=f"{i}.png"))
+            for i in range(3)]
     rows[2]["image"]["path"] = "0b.png"
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path/"a.parquet")
     assert main(["extract", "--images", str(tmp_path), "--encoder", str(encoder), "--out", str(tmp_path/"data")]) == 0

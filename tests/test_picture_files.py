@@ -40,11 +40,13 @@ def model(tmp_path_factory): return write_model(tmp_path_factory.mktemp("model")
 
 
 def extracted(tmp_path, detector, *more, name="data"):
-    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector), "--out", str(tmp_path/name), *map(str, more)]) == 0
+    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector),
+                 "--out", str(tmp_path/name), *map(str, more)]) == 0
     return tmp_path/name
 
 
-def indexed(data, model, out, *more): return main(["index", "--model", str(model), "--data", str(data), "--out", str(out), *more])
+def indexed(data, model, out, *more):
+    return main(["index", "--model", str(model), "--data", str(data), "--out", str(out), *more])
 
 
 def found(index, capsys):
@@ -80,8 +82,10 @@ def test_turned_pictures_stand_upright_everywhere(tmp_path, detector, model):
     data = extracted(tmp_path, detector)
     assert open_regions(data/"regions").size("a") == (60, 120)
     pictures = Pictures(data)
-    assert pictures.open("a").size == (60, 120) and pictures.thumbnail("a").ratio == .5 if hasattr(pictures.thumbnail("a"), "ratio") else pictures.thumbnail("a")[1] == .5
-    attention = Attention("a", "red", ["red"], np.array([[0, 0, 1, .5]], np.float32), None, np.ones((1, 1), np.float32), 1.)
+    assert (pictures.open("a").size == (60, 120) and pictures.thumbnail("a").ratio == .5
+            if hasattr(pictures.thumbnail("a"), "ratio") else pictures.thumbnail("a")[1] == .5)
+    attention = Attention(
+        "a", "red", ["red"], np.array([[0, 0, 1, .5]], np.float32), None, np.ones((1, 1), np.float32), 1.)
     image = plot_attention(attention, tmp_path/"pictures"/"a.jpg").axes[0].images[0].get_array()
     assert image.shape[0] == 2*image.shape[1] and (image[5, 5] > 180).tolist() == [True, False, False]
     index = SearchIndex.build(load_model(model), open_all(data, model), progress=False)
@@ -95,7 +99,8 @@ def open_all(data, model):
 @pytest.mark.parametrize("kind", ["I;16", "I;16B", "I"])
 def test_sixteen_bits_look_as_eight_do(tmp_path, kind):
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (32, 1))
-    deep = Image.fromarray(ramp) if kind == "I;16" else Image.fromarray(ramp.astype(np.int32)) if kind == "I" else Image.frombytes("I;16B", (256, 32), ramp.astype(">u2").tobytes())
+    deep = (Image.fromarray(ramp) if kind == "I;16" else Image.fromarray(ramp.astype(np.int32)) if kind == "I"
+            else Image.frombytes("I;16B", (256, 32), ramp.astype(">u2").tobytes()))
     deep.save(tmp_path/"deep.tif")
     Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path/"plain.png")
     a, b = (np.asarray(open_picture(tmp_path/n)).astype(int) for n in ("deep.tif", "plain.png"))
@@ -113,7 +118,8 @@ def test_damaged_pictures_are_left_out_and_reported(tmp_path, detector, capsys):
 def test_the_others_of_a_batch_are_as_without_the_damaged_ones(tmp_path, detector):
     damage(tmp_path/"pictures")
     write_picture(tmp_path/"alone"/"whole.jpg")
-    both = [extract(tmp_path/name, Detector(str(detector)), tmp_path/f"data-{name}", batch_size=1, progress=False, report=lambda line: None) for name in ("pictures", "alone")]
+    both = [extract(tmp_path/name, Detector(str(detector)), tmp_path/f"data-{name}", batch_size=1, progress=False,
+                    report=lambda line: None) for name in ("pictures", "alone")]
     np.testing.assert_array_equal(*(o.features("whole") for o in both))
 
 
@@ -127,7 +133,8 @@ def test_damaged_pictures_do_not_end_an_answer(tmp_path, detector, model):
         (tmp_path/"pictures"/"1.jpg").write_bytes(content)
         explorer = Explorer(index, pictures=data)
         explorer.ask = dict(query="a red fish", heads=["matching"], image="1", number=7)
-        assert explorer.answer["number"] == 7 and "error" not in explorer.answer and len(explorer.answer["rankings"][0]["hits"]) == 3
+        assert (explorer.answer["number"] == 7 and "error" not in explorer.answer
+                and len(explorer.answer["rankings"][0]["hits"]) == 3)
         assert set(explorer.answer["pictures"]) == {"0", "2"}
         search_page(tmp_path/"page.html", [("a red fish", index.search("a red fish", explain=True))], Pictures(data))
         assert (tmp_path/"page.html").read_text().count("data:image/jpeg") == 3
@@ -141,7 +148,8 @@ def test_oversized_pictures_are_refused(tmp_path, monkeypatch):
 
 def test_an_error_of_any_kind_is_an_answer(tmp_path, detector, model, monkeypatch):
     for n in range(2): write_picture(tmp_path/"pictures"/f"{n}.jpg", seed=n)
-    explorer = Explorer(SearchIndex.build(load_model(model), open_all(extracted(tmp_path, detector), model), progress=False))
+    explorer = Explorer(
+        SearchIndex.build(load_model(model), open_all(extracted(tmp_path, detector), model), progress=False))
     monkeypatch.setattr(explorer, "look", lambda **o: 1/0)
     explorer.ask = dict(query="x", number=3)
     assert explorer.answer["number"] == 3 and "ZeroDivisionError" in explorer.answer["error"]
@@ -158,14 +166,16 @@ def test_a_changed_picture_is_shown_anew(tmp_path):
 def test_what_is_passed_over_is_reported(tmp_path, detector, capsys):
     write_picture(tmp_path/"pictures"/"fine.png")
     Image.new("RGB", (50, 40), "red").save(tmp_path/"pictures"/"saved.jfif", "JPEG")
-    if ".avif" in picture_files.picture_endings(): Image.new("RGB", (50, 40), "red").save(tmp_path/"pictures"/"new.avif")
+    if ".avif" in picture_files.picture_endings():
+        Image.new("RGB", (50, 40), "red").save(tmp_path/"pictures"/"new.avif")
     (tmp_path/"pictures"/"IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     write_picture(tmp_path/"elsewhere"/"linked.png")
     (tmp_path/"pictures"/"more").symlink_to("../elsewhere")
     (tmp_path/"pictures"/"loop").symlink_to(".")
     about = read_json(extracted(tmp_path, detector)/"pictures.json")
     err = capsys.readouterr().err
-    assert {"fine.png", "saved.jfif"} <= set(about["files"].values()) and (".avif" not in picture_files.picture_endings() or "new.avif" in about["files"].values())
+    assert ({"fine.png", "saved.jfif"} <= set(about["files"].values())
+            and (".avif" not in picture_files.picture_endings() or "new.avif" in about["files"].values()))
     assert "IMG_1.HEIC" in err or ".heic" in err.lower()
     assert any("linked" in f for f in about["files"].values()) or "more" in err
 
@@ -196,7 +206,8 @@ def test_names_of_a_flat_folder_are_ids(tmp_path):
 
 
 def test_long_and_odd_names(tmp_path, detector, model, capsys):
-    "Ids of more than 200 bytes, spaces and letters beyond ASCII, through extraction, index and search; pictures below a folder of the same kind."
+    """Ids of more than 200 bytes, spaces and letters beyond ASCII, through extraction, index and search; pictures below
+    a folder of the same kind."""
     names = ["ein bild – mit Übermaß.png", "图"*70 + ".png", "x"*240 + ".png"]
     for n, name in enumerate(names): write_picture(tmp_path/"pictures"/"alle bilder"/name, seed=n)
     data = extracted(tmp_path, detector, name="meine daten")
@@ -207,8 +218,10 @@ def test_long_and_odd_names(tmp_path, detector, model, capsys):
 
 def test_two_extractions_into_one_folder(tmp_path, detector, capsys):
     write_picture(tmp_path/"pictures"/"1.png")
-    command = [sys.executable, "-m", "aladin", "extract", "--images", tmp_path/"pictures", "--detector", detector, "--out", tmp_path/"data"]
-    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-m", "aladin", "extract", "--images", tmp_path/"pictures", "--detector", detector,
+               "--out", tmp_path/"data"]
+    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                 for _ in range(2)]
     messages = [p.communicate()[1] for p in processes]
     assert sorted(p.returncode for p in processes) == [0, 2] and not any("Traceback" in m for m in messages), messages
     assert len(open_regions(tmp_path/"data"/"regions")) == 1 and not list(tmp_path.glob(".data*"))
@@ -221,16 +234,22 @@ def test_extraction_into_a_linked_folder(tmp_path, detector):
     (tmp_path/"data.part").mkdir()
     (tmp_path/"data.part"/"thesis.txt").write_text("mine")
     extracted(tmp_path, detector)
-    assert (tmp_path/"data").is_symlink() and (tmp_path/"disk"/"big"/"pictures.json").exists() and (tmp_path/"data.part"/"thesis.txt").exists()
+    assert ((tmp_path/"data").is_symlink() and (tmp_path/"disk"/"big"/"pictures.json").exists()
+            and (tmp_path/"data.part"/"thesis.txt").exists())
 
 
-@pytest.mark.parametrize("table, message", [("image,caption\n1.png,which of them\nc.png,x\n", "2 pictures of that name"), ("image,caption,split\nc.png,a,train\nc.png,b,test\n", "split"),
-                                            ("image,caption\nc.png,\n", "captions with words"), ("picture;text\nc.png;x\n", "image"), ("image,caption\nnone.png,x\n", "names of pictures"),
-                                            ("image,caption,split\nc.png,a,trian\n", "trian")])
+@pytest.mark.parametrize("table, message", [
+    ("image,caption\n1.png,which of them\nc.png,x\n", "2 pictures of that name"),
+    ("image,caption,split\nc.png,a,train\nc.png,b,test\n", "split"),
+    ("image,caption\nc.png,\n", "captions with words"),
+    ("picture;text\nc.png;x\n", "image"),
+    ("image,caption\nnone.png,x\n", "names of pictures"),
+    ("image,caption,split\nc.png,a,trian\n", "trian")])
 def test_captions_that_do_not_fit_are_refused(tmp_path, detector, capsys, table, message):
     for n, p in enumerate(("a/1.png", "b/1.png", "c.png")): write_picture(tmp_path/"pictures"/p, seed=n)
     (tmp_path/"captions.csv").write_text(table)
-    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector), "--captions", str(tmp_path/"captions.csv"), "--out", str(tmp_path/"data")]) == 2
+    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector),
+                 "--captions", str(tmp_path/"captions.csv"), "--out", str(tmp_path/"data")]) == 2
     assert "captions.csv" in (err := capsys.readouterr().err) and message in err and not (tmp_path/"data").exists()
 
 
@@ -244,7 +263,8 @@ def test_captions_under_two_names_of_one_picture_are_kept(tmp_path, detector, ca
 
 
 def test_a_caption_file_of_another_kind_is_named(tmp_path):
-    (tmp_path/"captions.json").write_text('{"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}], "dataset": "coco"}')
+    (tmp_path/"captions.json").write_text(
+        '{"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}], "dataset": "coco"}')
     with pytest.raises(InputError, match="Karpathy"): read_caption_file(tmp_path/"captions.json")
     (tmp_path/"captions.csv").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     with pytest.raises(InputError, match="PNG"): read_caption_file(tmp_path/"captions.csv")
@@ -262,12 +282,14 @@ def test_one_or_two_captioned_pictures_are_trained_on(tmp_path, detector):
 def test_pictures_without_boxes_are_left_out(tmp_path, detector, capsys):
     "By extraction."
     for n in range(2): write_picture(tmp_path/"pictures"/f"{n}.png", seed=n)
-    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector), "--least", "0", "--threshold", "1.1", "--out", str(tmp_path/"none")]) == 2
+    assert main(["extract", "--images", str(tmp_path/"pictures"), "--detector", str(detector), "--least", "0",
+                 "--threshold", "1.1", "--out", str(tmp_path/"none")]) == 2
     assert "0.png" in (err := capsys.readouterr().err) and "Traceback" not in err and not (tmp_path/"none").exists()
 
 
 def test_rows_without_boxes_are_left_out(tmp_path, capsys):
-    "By preparation, encoding and indexing of a folder in the published layout, each with a report; others are as before."
+    """By preparation, encoding and indexing of a folder in the published layout, each with a report; others are as
+    before."""
     data = write_data(tmp_path/"data", 5)
     rows = (data/"features.tsv").read_text().splitlines()
     rows[1] = "1001\t0\t"

@@ -1,4 +1,5 @@
-"""Several processes share a batch: the same losses and gradients as one process has, uneven batches included; a killed training of two ends as an undisturbed one.
+"""Several processes share a batch: the same losses and gradients as one process has, uneven batches included; a killed
+training of two ends as an undisturbed one.
 
 Run by torchrun, this file is what the processes do."""
 import json
@@ -35,7 +36,8 @@ CASES = {
     "distillation": dict(terms=["alignment", "distillation"]),
     "distillation alone by mse": dict(terms=["distillation"], distillation="mse"),
     "symm": dict(terms=["alignment"], aggregation="symm")}
-BATCHES = dict(even=np.arange(12), uneven=np.array([3, 0, 1, 18, 6, 12, 11]), tiny=np.array([4, 9]))  # tiny: one of three processes has nothing
+# tiny: one of three processes has nothing
+BATCHES = dict(even=np.arange(12), uneven=np.array([3, 0, 1, 18, 6, 12, 11]), tiny=np.array([4, 9]))
 
 
 class Regions:
@@ -49,13 +51,19 @@ class Regions:
 
 def gradients(vocabulary, loss, rows, chunk_size, processes, device="cpu"):
     "Total loss and gradients of one step of a small model; what was received, in bytes."
-    data = RetrievalSet(Regions(), {str(i): [f"a {WORDS[i % 8]} thing {WORDS[i//2]} a", f"one {WORDS[i % 5]}"] for i in range(10)}, AladinProcessor.from_pretrained(vocabulary))
+    data = RetrievalSet(
+        Regions(), {str(i): [f"a {WORDS[i % 8]} thing {WORDS[i//2]} a", f"one {WORDS[i % 5]}"] for i in range(10)},
+        AladinProcessor.from_pretrained(vocabulary))
     loss = dict(loss)
-    model = dict(hidden_size=16, layers=2, attention_heads=2, intermediate_size=16, dropout=0., aggregation=loss.pop("aggregation", "MrSw"))
-    config = config_from_dict(dict(model=model, loss=loss | dict(weights=[1.]*len(loss["terms"])), training=dict(chunk_size=chunk_size)))
+    model = dict(hidden_size=16, layers=2, attention_heads=2, intermediate_size=16, dropout=0.,
+                 aggregation=loss.pop("aggregation", "MrSw"))
+    config = config_from_dict(
+        dict(model=model, loss=loss | dict(weights=[1.]*len(loss["terms"])), training=dict(chunk_size=chunk_size)))
     torch.manual_seed(0)
-    model, criterion = AladinModel(model_config(config.model, config.data, 16, 12)).to(device).train(), Criterion(config.loss).to(device)
-    total, _ = Step(model, criterion, data, config, processes=processes)(read_share(data, processes.share(rows), chunk_size), rows)
+    model, criterion = (AladinModel(model_config(config.model, config.data, 16, 12)).to(device).train(),
+                        Criterion(config.loss).to(device))
+    total, _ = Step(model, criterion, data, config, processes=processes)(
+        read_share(data, processes.share(rows), chunk_size), rows)
     tensors = {n: p.grad for n, p in [*model.named_parameters(), *criterion.named_parameters()] if p.grad is not None}
     return tensors | dict(total=total[None]), processes.bytes_exchanged
 
@@ -68,15 +76,18 @@ def work(vocabulary, out):
             for chunk in (0, 2):
                 processes = Processes.start()
                 tensors, received[f"{case}/{batch}/{chunk}"] = gradients(vocabulary, loss, rows, chunk, processes)
-                save_file({k: v.contiguous() for k, v in tensors.items()}, out/f"{case}-{batch}-{chunk}-{processes.rank}.safetensors")
+                save_file({k: v.contiguous() for k, v in tensors.items()},
+                          out/f"{case}-{batch}-{chunk}-{processes.rank}.safetensors")
     (out/f"received-{processes.rank}.json").write_text(json.dumps(received))
 
 
 def torchrun(count, *command):
     "A command in so many processes on this machine, over gloo."
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *map(str, command)], env=env, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+         *map(str, command)],
+        env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -87,7 +98,8 @@ def finish(process):
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
-    (folder/"vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "one", *WORDS]))
+    (folder/"vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "one", *WORDS]))
     return folder
 
 
@@ -107,15 +119,19 @@ def test_gradients_of_several_processes_are_those_of_one(shared, vocabulary, cas
         for rank in range(count):
             together = load_file(folder/f"{case}-{batch}-{chunk}-{rank}.safetensors")
             assert set(together) == set(alone)
-            for name, value in alone.items(): torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5*max(1, value.abs().max().item()), msg=lambda m: f"{name}: {m}")
+            for name, value in alone.items():
+                torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5*max(1, value.abs().max().item()),
+                                           msg=lambda m: f"{name}: {m}")
 
 
 def test_sets_go_round_without_padding(shared):
-    "What a process receives, to the byte: words and their gradients, two vectors a pair, lengths, counts and scores, each as many as there are."
+    """What a process receives, to the byte: words and their gradients, two vectors a pair, lengths, counts and scores,
+    each as many as there are."""
     count, folder = shared
     received = json.loads((folder/"received-0.json").read_text())
     for batch, rows in BATCHES.items():
-        words = np.array([5 if r % 2 == 0 else 2 for r in rows]) - 1  # word pieces between [CLS] and [SEP], the last one dropped
+        # word pieces between [CLS] and [SEP], the last one dropped
+        words = np.array([5 if r % 2 == 0 else 2 for r in rows]) - 1
         own = slice(0, Processes.bounds(type("P", (), dict(count=count))(), len(rows))[1])
         others, pairs = words.sum() - words[own].sum(), len(rows) - own.stop
         sets = others*16*4*2 + pairs*8  # there and back, and the lengths
@@ -131,20 +147,26 @@ ARGUMENTS = ["train", "--configuration", "alad-alignment-and-matching-distill", 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    "The tiny scenes, and settings with dropout and thinning, checkpoints between validations, and a last batch that does not divide."
+    """The tiny scenes, and settings with dropout and thinning, checkpoints between validations, and a last batch that
+    does not divide."""
     folder = tmp_path_factory.mktemp("training")
-    subprocess.run([ALADIN, "prepare", "--data", "scenes", "--size", "tiny", "--out", folder], check=True, capture_output=True)
+    subprocess.run([ALADIN, "prepare", "--data", "scenes", "--size", "tiny", "--out", folder], check=True,
+                   capture_output=True)
     (folder/"settings.yaml").write_text(
-        "all:\n  model: {hidden_size: 32, layers: 1, attention_heads: 2, intermediate_size: 64, dropout: 0.1, drop_last_word: false}\n  data: {max_tokens: 40, max_regions: 20}\n"
+        "all:\n  model: {hidden_size: 32, layers: 1, attention_heads: 2, intermediate_size: 64, dropout: 0.1, "
+        "drop_last_word: false}\n"
+        "  data: {max_tokens: 40, max_regions: 20}\n"
         "  loss: {all_negatives_steps: 10, allow_siblings: false}\n"
-        "  training: {lr: 0.001, batch_size: 23, epochs: 4, validate_every: 20, checkpoint_every: 3, thinning: 0.1, workers: 1, mined_negatives: 1}\n")
+        "  training: {lr: 0.001, batch_size: 23, epochs: 4, validate_every: 20, checkpoint_every: 3, thinning: 0.1, "
+        "workers: 1, mined_negatives: 1}\n")
     return folder
 
 
 def train(count, folder, out, *more):
     command = [ALADIN, *ARGUMENTS, folder/"settings.yaml", "--data", folder/"data", "--out", folder/out, *more]
     if count > 1: return torchrun(count, "--no-python", *command)
-    return subprocess.Popen([*map(str, command)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return subprocess.Popen([*map(str, command)], start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
 def same(a, b):
@@ -156,11 +178,13 @@ def same(a, b):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_anywhere_a_training_ends_as_if_undisturbed(prepared, count):
-    "kill -9 of all its processes at random moments (ALADIN_KILLS of them), then the same command to its end: weights and figures to the last bit."
+    """kill -9 of all its processes at random moments (ALADIN_KILLS of them), then the same command to its end: weights
+    and figures to the last bit."""
     choose, undisturbed, out = random.Random(count), prepared/f"undisturbed-{count}", f"killed-{count}"
     finish(train(count, prepared, undisturbed.name))
     history = pd.read_csv(undisturbed/"history.csv")
-    assert 4*14 <= history.step.max() <= 4*15  # 300 captions, 23 a step in all processes together; two of an image never meet, which may take a batch more
+    # 300 captions, 23 a step in all processes together; two of an image never meet, which may take a batch more
+    assert 4*14 <= history.step.max() <= 4*15
     steps = sorted(choose.sample(range(1, history.step.max()), int(os.environ.get("ALADIN_KILLS", 1))))
     for kill in steps:
         process = train(count, prepared, out, "--resume", "auto")

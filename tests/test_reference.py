@@ -19,7 +19,8 @@ RUN = "alad-alignment-triplet/seed-88"
 @pytest.fixture
 def checkout(tmp_path):
     "A repository with the maintainers' command, the published scenes and one run of its own in results/scenes."
-    for name in (".ci", "results/reference/scenes"): shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".ci", "results/reference/scenes"):
+        shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root/".gitignore", tmp_path)
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
@@ -31,10 +32,13 @@ def checkout(tmp_path):
 
 
 def git(folder, *words):
-    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True,
+                          capture_output=True, text=True).stdout
 
 
-def publish(folder): return subprocess.run([sys.executable, ".ci/reference.py", "results/scenes"], cwd=folder, capture_output=True, text=True)
+def publish(folder):
+    return subprocess.run(
+        [sys.executable, ".ci/reference.py", "results/scenes"], cwd=folder, capture_output=True, text=True)
 
 
 def test_a_run_is_published(checkout):
@@ -43,7 +47,8 @@ def test_a_run_is_published(checkout):
     made = checkout/"results"/"reference"/"scenes"
     assert [p.parent.relative_to(made).as_posix() for p in made.glob("*/seed-*/metrics.json")] == [RUN]
     assert not (made/RUN/"model").exists() and (made/"search.md").exists()
-    assert re.search(r"\| alad-alignment-triplet +\| alignment +\|", (made/"table.md").read_text()) and "Compared" not in (made/"table.md").read_text()
+    assert (re.search(r"\| alad-alignment-triplet +\| alignment +\|", (made/"table.md").read_text())
+            and "Compared" not in (made/"table.md").read_text())
 
 
 def test_uncommitted_changes_are_refused(checkout):

@@ -27,7 +27,8 @@ def folder(tmp_path):
     path.mkdir()
     features = [f"{o}\t{len(vectors(i))}\t{encoded(i).decode()}\n" for i,o in enumerate(ids)]
     objects = [[{"class": f"thing {j}", "rect": [0, 0, 10+j, 20], "conf": .5} for j in range(1+i%3)] for i in range(12)]
-    predictions = [f"{o}\t{json.dumps(found if i%4 == 3 else dict(image_h=40, image_w=30, objects=found))}\n" for i,(o,found) in enumerate(zip(ids, objects))]
+    predictions = [f"{o}\t{json.dumps(found if i%4 == 3 else dict(image_h=40, image_w=30, objects=found))}\n"
+                   for i,(o,found) in enumerate(zip(ids, objects))]
     for name,rows in dict(features=features, predictions=predictions).items():
         (path/f"{name}.tsv").write_text("".join(rows))
         (path/f"{name}.lineidx").write_text("".join(f"{sum(map(len, rows[:i]))}\n" for i in range(12)))
@@ -90,7 +91,10 @@ def test_lineidx_lacks_a_row(folder):
     fails(lambda: read_all(folder), "imageid2idx.json", "image 111")
 
 
-@pytest.mark.parametrize("old, new, where", [(b"0\n", b"", "row 0"), (b"\n", b"\nx\n", "offsets"), (b"\n", b"\n0\n", "row 1")])
+@pytest.mark.parametrize("old, new, where", [
+    (b"0\n", b"", "row 0"),
+    (b"\n", b"\nx\n", "offsets"),
+    (b"\n", b"\n0\n", "row 1")])
 def test_lineidx_broken(folder, old, new, where):
     change(folder/"features.lineidx", old, new)
     fails(lambda: open_regions(folder), "features.lineidx", where)
@@ -117,14 +121,22 @@ def test_features_that_are_not_finite(folder, tmp_path, value):
     assert not list(tmp_path.glob("bad*"))
 
 
-@pytest.mark.parametrize("old, new, names", [(b"106\t4", b"106\t3", ["image 106"]), (b"106\t4", b"106\tx", ["image 106"]),
-                                             (b"106\t4", b"107\t4", ["row 6", "image 107"]), (encoded(6)[:4], b"!!!!", ["image 106"])])
+@pytest.mark.parametrize("old, new, names", [
+    (b"106\t4", b"106\t3", ["image 106"]),
+    (b"106\t4", b"106\tx", ["image 106"]),
+    (b"106\t4", b"107\t4", ["row 6", "image 107"]),
+    (encoded(6)[:4], b"!!!!", ["image 106"])])
 def test_damaged_row(folder, old, new, names):
     change(folder/"features.tsv", old, new)
     fails(lambda: open_regions(folder).features(106), "features.tsv", *names)
 
 
-@pytest.mark.parametrize("old, new", [(b"\t", b" "), (b'"objects"', b'"things_"'), (b'"class"', b'"klass"'), (b"[0, 0, 10, 20]", b"[0, 0, 10]    "), (b"0.5", b"nul")])
+@pytest.mark.parametrize("old, new", [
+    (b"\t", b" "),
+    (b'"objects"', b'"things_"'),
+    (b'"class"', b'"klass"'),
+    (b"[0, 0, 10, 20]", b"[0, 0, 10]    "),
+    (b"0.5", b"nul")])
 def test_malformed_detections(folder, old, new):
     change(folder/"predictions.tsv", old, new)
     fails(lambda: open_regions(folder), "predictions.tsv", "row 0")
@@ -139,8 +151,11 @@ def test_truncated_or_missing_store_file(store, name):
     fails(lambda: RegionStore(store.path), name, "nothing there")
 
 
-@pytest.mark.parametrize("old, new, where", [(b"aladin-regions", b"other-regions!", "format"), (b'"version": 1', b'"version": 2', "version"),
-                                             (b'"dtype"', b'"dtyp_"', "dtype"), (b"{", b"[", "file")])
+@pytest.mark.parametrize("old, new, where", [
+    (b"aladin-regions", b"other-regions!", "format"),
+    (b'"version": 1', b'"version": 2', "version"),
+    (b'"dtype"', b'"dtyp_"', "dtype"),
+    (b"{", b"[", "file")])
 def test_foreign_or_newer_store(store, old, new, where):
     change(store.path/"store.json", old, new)
     fails(lambda: open_regions(store.path), "store.json", where)
@@ -155,7 +170,9 @@ def test_store_with_a_foreign_array(store):
 def test_conversion_leaves_other_folders_alone(folder, tmp_path):
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"thesis.txt").write_text("dear")
-    for overwrite in (False, True): fails(lambda: convert_regions(folder, tmp_path/"mine", overwrite=overwrite, progress=False), "mine", "output folder")
+    for overwrite in (False, True):
+        fails(lambda: convert_regions(folder, tmp_path/"mine", overwrite=overwrite, progress=False),
+              "mine", "output folder")
     assert (tmp_path/"mine"/"thesis.txt").read_text() == "dear"
 
 

@@ -1,4 +1,5 @@
-"Whole runs through papermill and the graph: their record, their restart, what a change makes anew, what a failure leaves."
+"""Whole runs through papermill and the graph: their record, their restart, what a change makes anew, what a failure
+leaves."""
 import json
 import os
 import random
@@ -26,7 +27,8 @@ TEACHER, STUDENT = RUNS = ("alad-alignment-triplet/seed-1", "alad-matching-disti
 CONFIGURATIONS = tuple(o.split("/")[0] for o in RUNS)
 
 
-def run(out, **study): return run_results(out, say=lambda line: None, **dict(size="tiny", seed=1, configurations=CONFIGURATIONS) | study)
+def run(out, **study):
+    return run_results(out, say=lambda line: None, **dict(size="tiny", seed=1, configurations=CONFIGURATIONS) | study)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def results(tmp_path_factory):
 
 def metrics_of(folder):
     "The figures of every run, without times and dates."
-    return {r: {h: {d: m[d] for d in ("i2t", "t2i", "rsum")} for h, m in json.loads((folder/r/"metrics.json").read_text())["heads"].items()} for r in RUNS}
+    return {r: {h: {d: m[d] for d in ("i2t", "t2i", "rsum")}
+                for h, m in json.loads((folder/r/"metrics.json").read_text())["heads"].items()}
+            for r in RUNS}
 
 
 def stamps(folder, name): return {r: (folder/r/name).stat().st_mtime_ns for r in RUNS}
@@ -46,9 +50,11 @@ def stamps(folder, name): return {r: (folder/r/name).stat().st_mtime_ns for r in
 
 def test_a_run_leaves_its_record(results):
     for run, head in zip(RUNS, ("alignment", "matching")):
-        assert {p.name for p in (results/run).iterdir()} >= {"train.ipynb", "evaluate.ipynb", "metrics.json", "training.json", "history.csv", "curves.png", "model"}
+        assert {p.name for p in (results/run).iterdir()} >= {
+            "train.ipynb", "evaluate.ipynb", "metrics.json", "training.json", "history.csv", "curves.png", "model"}
         made = json.loads((results/run/"metrics.json").read_text())
-        assert made["seed"] == 1 and {"commit", "versions", "machine"} <= set(made["made by"]) and made["train_seconds"] > 0 and set(made["heads"]) == {head}
+        assert (made["seed"] == 1 and {"commit", "versions", "machine"} <= set(made["made by"])
+                and made["train_seconds"] > 0 and set(made["heads"]) == {head})
     assert {p.name for p in (results/TEACHER).iterdir()} >= {"attention.ipynb", "attention-1.png"}
     assert (results/"table.md").exists() and len(pd.read_csv(results/"table.csv")) == 2
     taken = json.loads((results/STUDENT/"training.json").read_text())["teacher"]
@@ -60,10 +66,13 @@ def test_the_report_holds_what_the_embeddings_say(results):
     for run, head in zip(RUNS, ("alignment", "matching")):
         m = evaluate_embeddings(load_embeddings(results/run/"embeddings.safetensors"), (head,))[head]
         row = table.loc[(run.split("/")[0], head)]
-        assert [row[f"{d} R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [row["rsum"]] == pytest.approx([m[d][f"r{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [m["rsum"]])
-    teacher, student = table.loc[(CONFIGURATIONS[0], "alignment"), "rsum"], table.loc[(CONFIGURATIONS[1], "matching"), "rsum"]
+        assert ([row[f"{d} R@{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [row["rsum"]]
+                == pytest.approx([m[d][f"r{k}"] for d in ("i2t", "t2i") for k in (1, 5, 10)] + [m["rsum"]]))
+    teacher, student = (table.loc[(CONFIGURATIONS[0], "alignment"), "rsum"],
+                        table.loc[(CONFIGURATIONS[1], "matching"), "rsum"])
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in (results/"table.md").read_text().splitlines()]
-    assert [CONFIGURATIONS[1], CONFIGURATIONS[0], *(f"{o:.1f}" for o in (student, teacher, teacher-student, 100*student/teacher))] in rows
+    assert [CONFIGURATIONS[1], CONFIGURATIONS[0],
+            *(f"{o:.1f}" for o in (student, teacher, teacher-student, 100*student/teacher))] in rows
     assert (results/"efficiency.png").exists()
 
 
@@ -96,7 +105,9 @@ def test_done_is_not_done_again(results):
 def test_a_checkout_with_results_but_no_models_makes_them(results, tmp_path):
     "What git keeps of results/ is not taken for done."
     folder = tmp_path/"scenes-tiny"
-    shutil.copytree(results, folder, ignore=shutil.ignore_patterns("model", "data", "scenes", "embeddings.safetensors", ".snakemake", "graph.json"))
+    shutil.copytree(
+        results, folder,
+        ignore=shutil.ignore_patterns("model", "data", "scenes", "embeddings.safetensors", ".snakemake", "graph.json"))
     assert (folder/"table.md").exists() and (folder/TEACHER/"metrics.json").exists()
     run(tmp_path)
     assert (folder/STUDENT/"model"/"model.safetensors").exists() and metrics_of(folder) == metrics_of(results)
@@ -120,10 +131,12 @@ def test_a_change_makes_only_what_depends_on_it_anew(results, tmp_path):
 
 def test_a_failed_run_says_where_to_look_and_the_others_go_on(tmp_path):
     settings = changed_settings(tmp_path/"s.yaml", training=dict(lr=1e19, grad_clip=0.0))
-    with pytest.raises(RunFailed, match="alad-matching-distill-finetune/seed-1/train.failed.ipynb"): run(tmp_path, settings=settings)
+    with pytest.raises(RunFailed, match="alad-matching-distill-finetune/seed-1/train.failed.ipynb"):
+        run(tmp_path, settings=settings)
     folder = tmp_path/"scenes-tiny"
     assert "FloatingPointError" in (folder/STUDENT/"train.failed.ipynb").read_text()
-    assert (folder/TEACHER/"metrics.json").exists() and (folder/TEACHER/"attention.ipynb").exists() and not (folder/STUDENT/"training.json").exists()
+    assert ((folder/TEACHER/"metrics.json").exists() and (folder/TEACHER/"attention.ipynb").exists()
+            and not (folder/STUDENT/"training.json").exists())
 
 
 def whole(folder):
@@ -134,11 +147,15 @@ def whole(folder):
 
 
 def test_killed_anywhere_it_ends_with_the_same_figures(results, tmp_path):
-    "Ten kill -9 at random moments, of the whole process group or of the command alone; then the same command ends undisturbed."
+    """Ten kill -9 at random moments, of the whole process group or of the command alone; then the same command ends
+    undisturbed."""
     choose, folder = random.Random(3), tmp_path/"scenes-tiny"
-    code = f"from aladin.cli.main import main; import sys; sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1'] + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))"
+    code = ("from aladin.cli.main import main; import sys; "
+            f"""sys.exit(main({['results', '--out', str(tmp_path), '--size', 'tiny', '--seed', '1']
+                               + [o for c in CONFIGURATIONS for o in ('--configuration', c)]}))""")
     for kill in range(10):
-        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(choose.uniform(2, 14))
         if process.poll() is None: (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
@@ -166,7 +183,8 @@ def test_provenance_tells_uncommitted_changes(tmp_path, monkeypatch):
     for name in ("aladin/__init__.py", "nbs/module.ipynb", "README.md"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_text("")
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
     git("init"), git("add", "."), git("commit", "-m", "all")
     monkeypatch.setattr(aladin, "__file__", str(tmp_path/"aladin"/"__init__.py"))
     assert provenance(0)["uncommitted_changes"] is False

@@ -1,4 +1,5 @@
-"Exact scoring: every aggregation against a double loop over pairs, gradients against the padded form, ranks against sorting, memory."
+"""Exact scoring: every aggregation against a double loop over pairs, gradients against the padded form, ranks against
+sorting, memory."""
 
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ def blocks(monkeypatch):
 
 
 def unit(sizes, generator, dim=6):
-    return Ragged(F.normalize(torch.randn(sum(sizes), dim, generator=generator, dtype=torch.float64), dim=1), torch.tensor(sizes))
+    return Ragged(F.normalize(torch.randn(sum(sizes), dim, generator=generator, dtype=torch.float64), dim=1),
+                  torch.tensor(sizes))
 
 
 def pair_score(regions, words, aggregation, clamp, width, longest):
@@ -44,7 +46,8 @@ def pair_score(regions, words, aggregation, clamp, width, longest):
     if not len(regions) or not len(words): return 0.0
     floor = lambda cosines, clamped: max([c.item() for c in cosines] + [0.0]*clamped)
     cosines = regions @ words.T
-    cut_regions,cut_words = (clamp == "always" or clamp == "batch" and n < w for n,w in ((len(regions), width), (len(words), longest)))
+    cut_regions,cut_words = (clamp == "always" or clamp == "batch" and n < w
+                             for n,w in ((len(regions), width), (len(words), longest)))
     by_word,by_region = sum(floor(c, cut_regions) for c in cosines.T),sum(floor(c, cut_words) for c in cosines)
     if aggregation == "scan-sentences":
         positive = cosines.clamp(min=0)
@@ -55,8 +58,8 @@ def pair_score(regions, words, aggregation, clamp, width, longest):
 
 
 @pytest.mark.parametrize("aggregation", aggregations)
-@given(region_counts=lengths(0, 4), word_counts=lengths(0, 4), clamp=st.sampled_from(["batch", "always", "never"]), cells=st.integers(1, 400),
-       columns=st.integers(1, 30), seed=st.integers(0, 999), more=st.integers(0, 3))
+@given(region_counts=lengths(0, 4), word_counts=lengths(0, 4), clamp=st.sampled_from(["batch", "always", "never"]),
+       cells=st.integers(1, 400), columns=st.integers(1, 30), seed=st.integers(0, 999), more=st.integers(0, 3))
 @often
 def test_scores_by_definition(blocks, aggregation, region_counts, word_counts, clamp, cells, columns, seed, more):
     "Random ragged sets, empty ones too, and any block size."
@@ -65,12 +68,14 @@ def test_scores_by_definition(blocks, aggregation, region_counts, word_counts, c
     regions,words = unit(region_counts, generator),unit(word_counts, generator)
     width,longest = max(1, *region_counts) + more,max(1, *word_counts)
     scores = alignment_scores(regions, words, aggregation, clamp, width)
-    direct = [[pair_score(regions[i], words[c], aggregation, clamp, width, longest) for c in range(len(words))] for i in range(len(regions))]
+    direct = [[pair_score(regions[i], words[c], aggregation, clamp, width, longest) for c in range(len(words))]
+              for i in range(len(regions))]
     np.testing.assert_allclose(scores, direct, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("aggregation", ["MrSw", "MrAVGw", "MwSr", "symm", "sum", "mean"])
-@given(region_counts=lengths(0, 5), word_counts=lengths(0, 5), clamp=st.sampled_from(["batch", "always"]), cells=st.integers(1, 300), columns=st.integers(1, 20), seed=st.integers(0, 999))
+@given(region_counts=lengths(0, 5), word_counts=lengths(0, 5), clamp=st.sampled_from(["batch", "always"]),
+       cells=st.integers(1, 300), columns=st.integers(1, 20), seed=st.integers(0, 999))
 @often
 def test_gradients_equal_the_padded_form(blocks, aggregation, region_counts, word_counts, clamp, cells, columns, seed):
     blocks(cells, columns)
@@ -84,7 +89,9 @@ def test_gradients_equal_the_padded_form(blocks, aggregation, region_counts, wor
     more = int(clamp == "always") # a column of padding on both sides cuts every maximum off at 0
     def padded(regions, words):
         shapes = [max(1, *o.lengths.tolist()) + more*(aggregation != "mean") for o in (regions, words)]
-        return aggregate(torch.einsum("ird,cwd->icrw", regions.padded(shapes[0]), words.padded(shapes[1])), regions.mask(shapes[0]), words.mask(shapes[1]), aggregation, lengths=words.lengths.clamp(min=1))
+        return aggregate(torch.einsum("ird,cwd->icrw", regions.padded(shapes[0]), words.padded(shapes[1])),
+                         regions.mask(shapes[0]), words.mask(shapes[1]), aggregation,
+                         lengths=words.lengths.clamp(min=1))
     for ours,theirs in zip(gradients(lambda r, w: alignment_scores(r, w, aggregation, clamp)), gradients(padded)):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
@@ -95,22 +102,29 @@ def sort_ranks(scores, owner):
     return np.array(i2t),np.array([np.flatnonzero(np.argsort(-column) == i)[0] for column,i in zip(scores.T, owner)])
 
 
-@given(images=st.integers(2, 40), captions=st.integers(1, 4), seed=st.integers(0, 999), memory=st.sampled_from([1, 1e-4, 1e-5, 1e-7]), ties=st.booleans(), head=st.sampled_from(["alignment", "matching"]))
+@given(images=st.integers(2, 40), captions=st.integers(1, 4), seed=st.integers(0, 999),
+       memory=st.sampled_from([1, 1e-4, 1e-5, 1e-7]), ties=st.booleans(),
+       head=st.sampled_from(["alignment", "matching"]))
 @settings(max_examples=60, deadline=None)
 def test_ranks_from_tiles(images, captions, seed, memory, ties, head):
-    "Any tile size, captions in any order: as by sorting where nothing ties, as by the definition on the whole matrix where much does."
+    """Any tile size, captions in any order: as by sorting where nothing ties, as by the definition on the whole matrix
+    where much does."""
     generator = torch.Generator().manual_seed(seed)
     owner = torch.arange(images).repeat_interleave(captions)[torch.randperm(images*captions, generator=generator)]
     sizes = lambda n: torch.randint(1, 6, (n,), generator=generator).tolist()
-    side = lambda n: torch.randn(n, 3, generator=generator).mul(1.5).round() if ties else torch.randn(n, 8, generator=generator)
+    side = lambda n: (torch.randn(n, 3, generator=generator).mul(1.5).round() if ties
+                      else torch.randn(n, 8, generator=generator))
     counts = sizes(images),sizes(len(owner))
-    e = Embeddings(side(images), side(len(owner)), Ragged(side(sum(counts[0])), torch.tensor(counts[0])), Ragged(side(sum(counts[1])), torch.tensor(counts[1])),
-                   [str(i) for i in range(images)], owner, clamp="never")
+    e = Embeddings(side(images), side(len(owner)), Ragged(side(sum(counts[0])), torch.tensor(counts[0])),
+                   Ragged(side(sum(counts[1])), torch.tensor(counts[1])), [str(i) for i in range(images)],
+                   owner, clamp="never")
     scores = score_matrix(e, head, memory)
     found = retrieval_ranks(e, head, memory)
-    for ours,whole in zip(found, (image_to_text_ranks(scores, owner), text_to_image_ranks(scores, owner))): np.testing.assert_array_equal(ours, whole)
+    for ours,whole in zip(found, (image_to_text_ranks(scores, owner), text_to_image_ranks(scores, owner))):
+        np.testing.assert_array_equal(ours, whole)
     if not ties:
-        for ours,by_sort in zip(found, sort_ranks(scores.numpy(), owner.numpy())): np.testing.assert_array_equal(ours, by_sort)
+        for ours,by_sort in zip(found, sort_ranks(scores.numpy(), owner.numpy())):
+            np.testing.assert_array_equal(ours, by_sort)
 
 
 PEAK = """
@@ -132,7 +146,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**10)
 
 def test_memory_of_ranks():
     "Peak memory beyond the embeddings stays within what was allowed and does not grow with the square of the images."
-    peak = lambda images, memory: float(subprocess.run([sys.executable, "-c", PEAK, str(images), str(memory)], capture_output=True, text=True, check=True).stdout)
+    peak = lambda images, memory: float(subprocess.run(
+        [sys.executable, "-c", PEAK, str(images), str(memory)], capture_output=True, text=True, check=True).stdout)
     allowed = 64
     small,large = (peak(n, allowed/2**10) for n in (1000, 3000))
     print(f"{small:.0f} MiB beyond the embeddings at 1,000 images, {large:.0f} MiB at 3,000; allowed {allowed}")
@@ -147,7 +162,8 @@ def longest_common(a, b):
     return rows[-1][-1]
 
 
-@given(words=st.lists(st.lists(st.sampled_from("a dog runs on the red beach".split()), max_size=6), min_size=1, max_size=8), first=st.integers(1, 4))
+@given(words=st.lists(st.lists(st.sampled_from("a dog runs on the red beach".split()), max_size=6),
+                      min_size=1, max_size=8), first=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_rouge_by_definition(words, first):
     owner = np.minimum(np.arange(len(words))//first, 1)
@@ -168,7 +184,8 @@ def test_spice_says_what_it_needs_and_fills_the_table(monkeypatch):
     def compute_score(self, references, found):
         score = lambda i: len(set(found[i][0].split()) & set(" ".join(references[i]).split()))/len(found[i][0].split())
         return None,[dict(All=dict(f=score(i))) for i in sorted(found)]
-    for name in ("pycocoevalcap", "pycocoevalcap.spice", "pycocoevalcap.spice.spice"): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name in ("pycocoevalcap", "pycocoevalcap.spice", "pycocoevalcap.spice.spice"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["pycocoevalcap.spice.spice"].Spice = type("Spice", (), dict(compute_score=compute_score))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="Java"): caption_relevance(texts, owner, "spice")

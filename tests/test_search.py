@@ -1,4 +1,5 @@
-"Search against a Milvus server and against kills: what was acknowledged stays, several clients agree, another model is refused."
+"""Search against a Milvus server and against kills: what was acknowledged stays, several clients agree, another model
+is refused."""
 import json
 import os
 import signal
@@ -38,7 +39,8 @@ class Server:
         self.start()
 
     def start(self):
-        command = [Path(sys.executable).parent/"milvus-lite", "server", "--data-dir", self.folder, "--host", "127.0.0.1", "--port", self.port]
+        command = [Path(sys.executable).parent/"milvus-lite", "server", "--data-dir", self.folder,
+                   "--host", "127.0.0.1", "--port", self.port]
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while time.monotonic() < end:
@@ -63,7 +65,8 @@ def write(store, ids, seed):
     "A segment of random vectors of length 1, with a set of two rows for each."
     rng = np.random.default_rng(seed)
     vectors = F.normalize(torch.from_numpy(rng.standard_normal((len(ids), DIM), np.float32)), dim=-1).numpy()
-    return store.write(dict(ids=ids, owners=ids, source="x"), vectors=vectors, sets=np.repeat(vectors, 2, 0).astype(np.float16), offsets=2*np.arange(len(ids) + 1)), vectors
+    return (store.write(dict(ids=ids, owners=ids, source="x"), vectors=vectors,
+                        sets=np.repeat(vectors, 2, 0).astype(np.float16), offsets=2*np.arange(len(ids) + 1)), vectors)
 
 
 def test_server_answers_as_memory_does(server, tmp_path):
@@ -83,7 +86,8 @@ def test_server_answers_as_memory_does(server, tmp_path):
         assert [(o[0], o[2]) for o in ours] == [(o[0], o[2]) for o in theirs]
         np.testing.assert_allclose([o[1] for o in ours], [o[1] for o in theirs], atol=1e-5)
     assert len(milvus) == len(exact) == 210
-    with pytest.raises(InputError, match="search with the model"): MilvusEngine(store, server.uri, "same", DIM, "another")
+    with pytest.raises(InputError, match="search with the model"):
+        MilvusEngine(store, server.uri, "same", DIM, "another")
 
 
 def test_approximate_search_finds_most(server, tmp_path):
@@ -91,7 +95,8 @@ def test_approximate_search_finds_most(server, tmp_path):
     graph, exact = MilvusEngine(store, server.uri, "graph", DIM, "m", approximate=True), ExactEngine(store)
     graph.put(write(store, [str(i) for i in range(3000)], 1)[0])
     queries = F.normalize(torch.randn(50, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
-    shared = [len({o[0] for o in a} & {o[0] for o in b})/10 for a, b in zip(exact.search(queries, 10), graph.search(queries, 10))]
+    shared = [len({o[0] for o in a} & {o[0] for o in b})/10
+              for a, b in zip(exact.search(queries, 10), graph.search(queries, 10))]
     assert np.mean(shared) > .9
     assert MilvusEngine(store, server.uri, "graph", DIM, "m").approximate  # as the collection says
 
@@ -108,21 +113,25 @@ def test_several_clients_at_once(server, tmp_path):
             name, vectors = write(store, [f"{client}-{part}-{i}" for i in range(30)] + ["shared"], 10*client + part)
             engine.put(name)
             found = engine.search(torch.from_numpy(vectors[:5]), 1)
-            assert [o[0][0] for o in found] == [f"{client}-{part}-{i}" for i in range(5)]  # acknowledged, so found at once
+            # acknowledged, so found at once
+            assert [o[0][0] for o in found] == [f"{client}-{part}-{i}" for i in range(5)]
         engine.close()
 
     def look():
         store = SetStore(tmp_path/"images")
         engine = MilvusEngine(store, server.uri, "many", DIM, "m")
         while not done.is_set():
-            for hits in engine.search(F.normalize(torch.randn(3, DIM), dim=-1), 10): store.read([o[2] for o in hits]) if hits else None  # whatever is found has its set
+            # whatever is found has its set
+            for hits in engine.search(F.normalize(torch.randn(3, DIM), dim=-1), 10):
+                store.read([o[2] for o in hits]) if hits else None
         engine.close()
 
     def guarded(run, *arguments):
         try: run(*arguments)
         except BaseException as e: failures.append(e)
 
-    lookers, writers = [threading.Thread(target=guarded, args=(look,)) for _ in range(2)], [threading.Thread(target=guarded, args=(insert, c)) for c in range(4)]
+    lookers, writers = ([threading.Thread(target=guarded, args=(look,)) for _ in range(2)],
+                        [threading.Thread(target=guarded, args=(insert, c)) for c in range(4)])
     for t in lookers + writers: t.start()
     for t in writers: t.join()
     done.set()
@@ -178,7 +187,8 @@ def test_token_comes_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(pymilvus, "MilvusClient", client)
     monkeypatch.setattr(engines.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("ALADIN_MILVUS_TOKEN", "user:secret")
-    with pytest.raises(InputError, match="check the address") as e: MilvusEngine(SetStore(tmp_path), "https://cluster:443", "c", DIM, "m")
+    with pytest.raises(InputError, match="check the address") as e:
+        MilvusEngine(SetStore(tmp_path), "https://cluster:443", "c", DIM, "m")
     assert seen["token"] == "user:secret" and "secret" not in str(e.value)
 
 
@@ -195,7 +205,8 @@ def scenes(tmp_path_factory):
     write_scenes(folder/"data", train=4, minival=4, test=48, seed=2, progress=False)
     test = open_split(folder/"data", "test")
     torch.manual_seed(0)
-    config = AladinConfig(vocab_size=len(test.processor.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, region_dim=test.regions.dim, max_tokens=40)
+    config = AladinConfig(vocab_size=len(test.processor.tokenizer), hidden_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=64, region_dim=test.regions.dim, max_tokens=40)
     save_model(with_processor(AladinModel(config), folder/"data"), folder/"model")
     return folder
 
@@ -205,12 +216,14 @@ def opened(scenes):
     return model, open_split(scenes/"data", "test", model.processor)
 
 
-def answers(index, test): return [[(h.id, round(h.score, 4)) for h in hits] for hits in index.search_all(test.captions[::7], k=10, rerank=30)]
+def answers(index, test):
+    return [[(h.id, round(h.score, 4)) for h in hits] for hits in index.search_all(test.captions[::7], k=10, rerank=30)]
 
 
 @pytest.mark.parametrize("engine", ["exact", "faiss", "milvus"])
 def test_killed_build_goes_on(scenes, tmp_path, engine, monkeypatch):
-    "A build that is killed at once after a part: what it wrote stays, the next one encodes the rest, and the answers are those of a build in one go."
+    """A build that is killed at once after a part: what it wrote stays, the next one encodes the rest, and the answers
+    are those of a build in one go."""
     script = f"""
 import os, signal, aladin.search.index as s
 from aladin.data.splits import open_split
@@ -239,7 +252,8 @@ s.SearchIndex.build(model, open_split({str(scenes/'data')!r}, "test", model.proc
 
 def test_index_on_a_server(scenes, server, tmp_path):
     model, test = opened(scenes)
-    memory, index = SearchIndex.build(model, test, progress=False), SearchIndex.build(model, test, tmp_path/"index", server.uri, progress=False)
+    memory, index = (SearchIndex.build(model, test, progress=False),
+                     SearchIndex.build(model, test, tmp_path/"index", server.uri, progress=False))
     assert answers(index, test) == answers(memory, test)
     second = SearchIndex.open(tmp_path/"index", scenes/"model")  # another client
     second.delete([test.image_ids[0]])
@@ -263,8 +277,11 @@ def test_pictures_from_other_data_replace(scenes, tmp_path):
     assert answers(index, test) == answers(fresh, test)
 
 
-@pytest.mark.parametrize("damage, message", [(lambda p: (p/"index.json").unlink(), "index.json"), (lambda p: (p/"index.json").write_text("[]"), "choose the folder of an index"),
-                                             (lambda p: (p/"index.json").write_text(json.dumps(json.loads((p/"index.json").read_text()) | dict(version=9))), "update aladin")])
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: (p/"index.json").unlink(), "index.json"),
+    (lambda p: (p/"index.json").write_text("[]"), "choose the folder of an index"),
+    (lambda p: (p/"index.json").write_text(json.dumps(json.loads((p/"index.json").read_text()) | dict(version=9))),
+     "update aladin")])
 def test_damaged_index(scenes, tmp_path, damage, message):
     model, test = opened(scenes)
     SearchIndex.build(model, test, tmp_path/"index", progress=False)

@@ -1,5 +1,5 @@
-"""`aladin serve`: its answers are those of the index, wrong requests are refused with a message, and nothing is lost when the index
-changes, when the service is told to stop, or when it is killed and started again."""
+"""`aladin serve`: its answers are those of the index, wrong requests are refused with a message, and nothing is lost
+when the index changes, when the service is told to stop, or when it is killed and started again."""
 import asyncio
 import json
 import shutil
@@ -38,7 +38,8 @@ def folder(tmp_path_factory): return make_index(tmp_path_factory.mktemp("serve")
 @pytest.fixture(scope="module")
 def served(folder):
     (folder/"token").write_text("s3cret\n")
-    with Served(folder/"index", "--onnx", "--token-file", folder/"token", *LIMITS, token="s3cret") as service: yield service
+    with Served(folder/"index", "--onnx", "--token-file", folder/"token", *LIMITS, token="s3cret") as service:
+        yield service
 
 
 @pytest.mark.parametrize("onnx", [True, False])
@@ -47,20 +48,23 @@ def test_answers_are_those_of_the_index(folder, onnx):
     image = index.image_ids()[3]
     def compare(found, hits):
         assert [h["id"] for h in found] == [h.id for h in hits] and hits
-        np.testing.assert_allclose([(h["score"], h["matching"]) for h in found], [(h.score, h.matching) for h in hits], atol=1e-4)
+        np.testing.assert_allclose(
+            [(h["score"], h["matching"]) for h in found], [(h.score, h.matching) for h in hits], atol=1e-4)
     with Served(folder/"index", *["--onnx"]*onnx) as service:
         for rerank in (0, 30): compare(service.hits(text=TEXT, k=5, rerank=rerank), index.search(TEXT, 5, rerank))
         compare(service.hits(image=image, k=5), index.similar(image, 5))
         compare(captions := service.hits("/captions", image=image, k=5), index.search_captions(image, 5))
         assert [c["text"] for c in captions] == [h.text for h in index.search_captions(image, 5)]
         pair, own = service.ask("/pair", dict(text=TEXT, image=image))[2], index.pair(TEXT, image)
-        assert [w["text"] for w in pair["words"]] == own.alignment.words and [r["tag"] for r in pair["regions"]] == own.alignment.tags
+        assert ([w["text"] for w in pair["words"]] == own.alignment.words
+                and [r["tag"] for r in pair["regions"]] == own.alignment.tags)
         np.testing.assert_allclose(pair["cosines"], own.alignment.cosines, atol=1e-3)
         explained = service.hits(text=TEXT, k=2, explain=True)[0]["explanation"]
         assert explained["words"][0]["text"] == "a" and explained["score"] == service.hits(text=TEXT, k=2)[0]["score"]
         status, headers, picture = service.ask(f"/image/{image}")
         assert status == 200 and headers.get_content_type() == "image/png" and picture.startswith(b"\x89PNG")
-        for model, answer in ((Answers, service.ask("/search", dict(text=TEXT, explain=True))[2]), (Explanation, pair), (Health, service.ask("/health")[2])):
+        for model, answer in ((Answers, service.ask("/search", dict(text=TEXT, explain=True))[2]), (Explanation, pair),
+                              (Health, service.ask("/health")[2])):
             model.model_validate(answer, extra="forbid")
         assert service.ask("/health")[2]["encoder"] == ("onnx" if onnx else "torch")
         assert service.stop() == (0, "")
@@ -95,25 +99,77 @@ sys.exit(main(["serve", {str(folder/'index')!r}, "--onnx", "--port", "0"]))
 
 
 def test_only_serve_imports_fastapi():
-    code = "import sys, aladin.cli.main, aladin.search.resident, aladin.search.batching, aladin.search.service_page; print([m for m in ('fastapi', 'uvicorn', 'starlette', 'pydantic') if m in sys.modules])"
+    code = ("import sys, aladin.cli.main, aladin.search.resident, aladin.search.batching, aladin.search.service_page; "
+            "print([m for m in ('fastapi', 'uvicorn', 'starlette', 'pydantic') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 SEARCH = dict(text=TEXT)
 WRONG = [("/search", 422, field, body) for field, body in [
-    ("text", {}), ("text", dict(text="")), ("text", dict(text=" \n\t")), ("text", dict(text="\x00\u200b")), ("text", dict(text="x"*201)), ("text", dict(text=5)),
-    ("text", dict(text=None)), ("text", dict(text=["a"])), ("text", b'{"text": "\\ud800"}'), ("k", SEARCH | dict(k=0)), ("k", SEARCH | dict(k=21)), ("k", SEARCH | dict(k="5")),
-    ("k", SEARCH | dict(k=True)), ("k", SEARCH | dict(k=None)), ("k", SEARCH | dict(k=1.5)), ("k", b'{"text": "a", "k": NaN}'), ("k", b'{"text": "a", "k": 1e999}'),
-    ("k", SEARCH | dict(k=10**30)), ("rerank", SEARCH | dict(rerank=-1)), ("rerank", SEARCH | dict(rerank=51)), ("rerank", SEARCH | dict(rerank={})), ("explain", SEARCH | dict(explain=1)),
-    ("explain", SEARCH | dict(explain="true")), ("image", SEARCH | dict(image="200010")), ("reranc", SEARCH | dict(reranc=5)), ("image", dict(image="")), ("image", dict(image=200010)),
-    ("image", dict(image="x"*501)), ("rerank", dict(image="200010", rerank=5)), ("body", []), ("body", b""), ("body", b"{"), ("body", b"\xff\xfe{"), ("body", b"null"), ("body", b'"text"')]]
-WRONG += [("/pair", 422, field, body) for field, body in [("image", SEARCH), ("text", dict(image="200010")), ("k", SEARCH | dict(image="200010", k=5)), ("image", SEARCH | dict(image=None))]]
-WRONG += [("/captions", 422, field, body) for field, body in [("image", {}), ("text", SEARCH | dict(image="200010")), ("rerank", dict(image="200010", rerank=51))]]
-WRONG += [(path, 404, "image", body) for path, body in [("/search", dict(image="nowhere")), ("/captions", dict(image="../data/images/200010.png")), ("/pair", SEARCH | dict(image="/etc/passwd")),
-                                                         ("/image/nowhere", None), ("/image/..%2F..%2Fetc%2Fpasswd", None), ("/image//etc/passwd", None), ("/image/%00", None), ("/image/%ff%fe", None),
-                                                         ("/image/" + "x"*5000, None), ("/image/200010.png", None)]]
-WRONG += [("/search", 413, "body", b" "*20_001), ("/search", 413, "body", b" "*3_000_000), ("/search", 405, "method", None), ("/health", 405, "method", {}), ("/nowhere", 404, "path", None),
-          ("/image/", 404, "image", None), ("/docs", 404, "path", None), ("/redoc", 404, "path", None)]
+    ("text", {}),
+    ("text", dict(text="")),
+    ("text", dict(text=" \n\t")),
+    ("text", dict(text="\x00\u200b")),
+    ("text", dict(text="x"*201)),
+    ("text", dict(text=5)),
+    ("text", dict(text=None)),
+    ("text", dict(text=["a"])),
+    ("text", b'{"text": "\\ud800"}'),
+    ("k", SEARCH | dict(k=0)),
+    ("k", SEARCH | dict(k=21)),
+    ("k", SEARCH | dict(k="5")),
+    ("k", SEARCH | dict(k=True)),
+    ("k", SEARCH | dict(k=None)),
+    ("k", SEARCH | dict(k=1.5)),
+    ("k", b'{"text": "a", "k": NaN}'),
+    ("k", b'{"text": "a", "k": 1e999}'),
+    ("k", SEARCH | dict(k=10**30)),
+    ("rerank", SEARCH | dict(rerank=-1)),
+    ("rerank", SEARCH | dict(rerank=51)),
+    ("rerank", SEARCH | dict(rerank={})),
+    ("explain", SEARCH | dict(explain=1)),
+    ("explain", SEARCH | dict(explain="true")),
+    ("image", SEARCH | dict(image="200010")),
+    ("reranc", SEARCH | dict(reranc=5)),
+    ("image", dict(image="")),
+    ("image", dict(image=200010)),
+    ("image", dict(image="x"*501)),
+    ("rerank", dict(image="200010", rerank=5)),
+    ("body", []),
+    ("body", b""),
+    ("body", b"{"),
+    ("body", b"\xff\xfe{"),
+    ("body", b"null"),
+    ("body", b'"text"')]]
+WRONG += [("/pair", 422, field, body) for field, body in [
+    ("image", SEARCH),
+    ("text", dict(image="200010")),
+    ("k", SEARCH | dict(image="200010", k=5)),
+    ("image", SEARCH | dict(image=None))]]
+WRONG += [("/captions", 422, field, body) for field, body in [
+    ("image", {}),
+    ("text", SEARCH | dict(image="200010")),
+    ("rerank", dict(image="200010", rerank=51))]]
+WRONG += [(path, 404, "image", body) for path, body in [
+    ("/search", dict(image="nowhere")),
+    ("/captions", dict(image="../data/images/200010.png")),
+    ("/pair", SEARCH | dict(image="/etc/passwd")),
+    ("/image/nowhere", None),
+    ("/image/..%2F..%2Fetc%2Fpasswd", None),
+    ("/image//etc/passwd", None),
+    ("/image/%00", None),
+    ("/image/%ff%fe", None),
+    ("/image/" + "x"*5000, None),
+    ("/image/200010.png", None)]]
+WRONG += [
+    ("/search", 413, "body", b" "*20_001),
+    ("/search", 413, "body", b" "*3_000_000),
+    ("/search", 405, "method", None),
+    ("/health", 405, "method", {}),
+    ("/nowhere", 404, "path", None),
+    ("/image/", 404, "image", None),
+    ("/docs", 404, "path", None),
+    ("/redoc", 404, "path", None)]
 
 
 @pytest.mark.parametrize("path, status, field, body", WRONG, ids=lambda o: repr(o)[:40])
@@ -121,12 +177,14 @@ def test_wrong_requests(served, path, status, field, body):
     "4xx, a message that names the field with what was expected and found, and no path of the service's machine."
     try: found, _, answer = served.ask(path, body)
     except OSError:
-        if isinstance(body, bytes) and len(body) > 2_000_000: return  # the connection is closed while more than a megabyte is sent
+        # the connection is closed while more than a megabyte is sent
+        if isinstance(body, bytes) and len(body) > 2_000_000: return
         raise
     if isinstance(body, bytes) and found == 400: status, field = 400, "body"  # not parsed at all
     assert (found, answer["field"]) == (status, field), answer
     assert set(answer) == set(Problem.model_fields) and all(answer.values())
-    assert answer["message"] == f"{answer['field']}: expected {answer['expected']}, found {answer['found']}. Fix: {answer['fix']}"
+    assert (answer["message"]
+            == f"{answer['field']}: expected {answer['expected']}, found {answer['found']}. Fix: {answer['fix']}")
     assert "/tmp" not in answer["message"] and len(answer["message"]) < 1500
 
 
@@ -134,19 +192,24 @@ def test_a_whole_number_may_have_a_point(served): assert len(served.hits(text=TE
 
 
 def test_nested_body(served):
-    for body in (b"["*900, b'{"text":'*100 + b"1" + b"}"*100, b'{"text": ' + b"["*400 + b"]"*400 + b"}"): assert served.ask("/search", body)[0] in (400, 422)
+    for body in (b"["*900, b'{"text":'*100 + b"1" + b"}"*100, b'{"text": ' + b"["*400 + b"]"*400 + b"}"):
+        assert served.ask("/search", body)[0] in (400, 422)
 
 
 def test_a_body_of_another_type(served):
     assert served.ask("/search", b"text=fish", **{"Content-Type": "application/x-www-form-urlencoded"})[0] == 422
-    assert served.ask("/search", json.dumps(SEARCH).encode(), **{"Content-Type": "text/plain"})[0] == 422  # what another site's form can send
+    # what another site's form can send
+    assert served.ask("/search", json.dumps(SEARCH).encode(), **{"Content-Type": "text/plain"})[0] == 422
 
 
 def test_token(served):
-    assert [served.ask(path, token="")[0] for path in ("/health", "/", "/metrics", "/openapi.json", "/image/200010", "/nowhere")] == [200, 200, 401, 401, 401, 401]
+    assert ([served.ask(path, token="")[0]
+             for path in ("/health", "/", "/metrics", "/openapi.json", "/image/200010", "/nowhere")]
+            == [200, 200, 401, 401, 401, 401])
     for token in ("S3cret", "s3cre", "s3crett"):
         status, headers, answer = served.ask("/search", SEARCH, token=token)
-        assert status == 401 and headers["WWW-Authenticate"] == "Bearer" and answer["field"] == "token" and "s3cret" not in answer["message"]
+        assert (status == 401 and headers["WWW-Authenticate"] == "Bearer" and answer["field"] == "token"
+                and "s3cret" not in answer["message"])
     assert served.ask("/search", SEARCH, token="", Authorization="Basic s3cret")[0] == 401
     assert served.ask("/search", SEARCH)[0] == 200
 
@@ -159,7 +222,8 @@ def test_token_from_the_environment(folder):
 def test_metrics(served):
     def requests():
         text = served.ask("/metrics")[2].decode()
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if not line.startswith("#")}
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+                for line in text.splitlines() if not line.startswith("#")}
     before = requests()
     for i in range(3): served.ask("/search", SEARCH)
     served.ask(f"/image/{'x'*50}")
@@ -173,22 +237,28 @@ def test_metrics(served):
 def test_the_page_holds_nothing(served):
     "One document that loads nothing, under a policy that allows its own script alone."
     status, headers, page = served.ask("/", token="")
-    assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+    assert (status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
+            and headers["X-Content-Type-Options"] == "nosniff")
     assert b"http://" not in page and b"https://" not in page and b"200010" not in page
 
 
 def test_schemathesis(served, tmp_path):
-    "Requests made from the OpenAPI document, wrong ones too: no 5xx, only documented answers, of the documented form; what is wrong is refused."
+    """Requests made from the OpenAPI document, wrong ones too: no 5xx, only documented answers, of the documented form;
+    what is wrong is refused."""
     pytest.importorskip("schemathesis")
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,negative_data_rejection,positive_data_acceptance,unsupported_method"
-    command = [Path(sys.executable).parent/"schemathesis", "run", f"{served.url}/openapi.json", "--header", "Authorization: Bearer s3cret", "--checks", checks, "--phases", "examples,coverage,fuzzing",
-               "--max-examples", "60", "--generation-database", "none", "--seed", "1", "--no-color", "--exclude-path", "/metrics"]
+    checks = ("not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+              "negative_data_rejection,positive_data_acceptance,unsupported_method")
+    command = [Path(sys.executable).parent/"schemathesis", "run", f"{served.url}/openapi.json",
+               "--header", "Authorization: Bearer s3cret", "--checks", checks, "--phases", "examples,coverage,fuzzing",
+               "--max-examples", "60", "--generation-database", "none", "--seed", "1", "--no-color",
+               "--exclude-path", "/metrics"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_extended_under_load(folder, tmp_path):
-    "Four clients ask without a pause while pictures are added and deleted: every request is answered, and the answers follow."
+    """Four clients ask without a pause while pictures are added and deleted: every request is answered, and the answers
+    follow."""
     for name in ("data", "model", "index"): shutil.copytree(folder/name, tmp_path/name)
     write_scenes(tmp_path/"more", train=4, minival=4, test=60, seed=2, progress=False)
     model, ended, failed, seen = load_model(tmp_path/"model"), threading.Event(), [], set()
@@ -199,10 +269,12 @@ def test_extended_under_load(folder, tmp_path):
                 except Exception as e: failed.append(e)
         def until(pictures):
             end = time.monotonic() + 60
-            while service.ask("/health")[2]["pictures"] != pictures: assert time.monotonic() < end and time.sleep(.05) is None
+            while service.ask("/health")[2]["pictures"] != pictures:
+                assert time.monotonic() < end and time.sleep(.05) is None
         with ThreadPoolExecutor(4) as pool:
             clients = [pool.submit(client) for _ in range(4)]
-            index = SearchIndex.build(model, open_split(tmp_path/"more", "test", model.processor), tmp_path/"index", progress=False)
+            index = SearchIndex.build(
+                model, open_split(tmp_path/"more", "test", model.processor), tmp_path/"index", progress=False)
             until(60)
             index.delete(index.image_ids()[:10])
             until(50)
@@ -228,7 +300,8 @@ sys.exit(main(sys.argv[1:]))
 
 def test_running_requests_are_answered(folder):
     "SIGTERM while one request is computed and others wait: all are answered, and the exit status is 0."
-    with Served(folder/"index", "--onnx", command=[sys.executable, "-c", SLOW]) as service, ThreadPoolExecutor(5) as pool:
+    with (Served(folder/"index", "--onnx", command=[sys.executable, "-c", SLOW]) as service,
+          ThreadPoolExecutor(5) as pool):
         asked = [pool.submit(service.ask, "/search", SEARCH)]
         assert service.process.stdout.readline() == "asked\n"
         asked += [pool.submit(service.ask, "/search", SEARCH) for _ in range(4)]
@@ -238,7 +311,8 @@ def test_running_requests_are_answered(folder):
 
 
 def test_killed_under_load_and_started_again(folder):
-    "kill -9 while four clients ask: an answer is whole or an error of the connection, and the next process gives the same answers."
+    """kill -9 while four clients ask: an answer is whole or an error of the connection, and the next process gives the
+    same answers."""
     answers, broken = [], []
     def client(service):
         try:
@@ -276,7 +350,8 @@ def test_no_path_of_a_request_reaches_the_files(folder, tmp_path, monkeypatch):
     service, looked = Service(Resident(tmp_path/"index", onnx=True), tmp_path/"pictures"), []
     monkeypatch.setattr(service.pictures, "thumbnail", lambda image, side: looked.append(image))
     async def statuses(*images):
-        async with service.batcher: return [(await asyncio.gather(service.thumbnail(i), return_exceptions=True))[0].status for i in images]
+        async with service.batcher:
+            return [(await asyncio.gather(service.thumbnail(i), return_exceptions=True))[0].status for i in images]
     assert all(i in service.keeper.resident.index for i in outside)
     assert asyncio.run(statuses(*outside, "nowhere", "../pictures", "200010")) == [404]*6 and looked == ["200010"]
 

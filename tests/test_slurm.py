@@ -70,7 +70,8 @@ class Slurm:
             (folder/"bin"/name).write_text(f"#!{sys.executable} -SE\n{STANDIN}")
             (folder/"bin"/name).chmod(0o755)
 
-    def jobs(self): return [json.loads((self.queue/str(n+1)/"words").read_text()) for n in range(len(list(self.queue.iterdir())))]
+    def jobs(self):
+        return [json.loads((self.queue/str(n+1)/"words").read_text()) for n in range(len(list(self.queue.iterdir())))]
 
     def stages(self): return [j["--comment"].split("_")[1] for j in self.jobs()]
 
@@ -87,7 +88,9 @@ def slurm(tmp_path, monkeypatch):
 def profile(tmp_path):
     "The shipped one, asking earlier."
     (tmp_path/"profile").mkdir()
-    (tmp_path/"profile"/"config.yaml").write_text(yaml.safe_dump(yaml.safe_load((PROFILE/"config.yaml").read_text()) | {"slurm-init-seconds-before-status-checks": 1, "latency-wait": 5}))
+    (tmp_path/"profile"/"config.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load((PROFILE/"config.yaml").read_text())
+                       | {"slurm-init-seconds-before-status-checks": 1, "latency-wait": 5}))
     return str(tmp_path/"profile")
 
 
@@ -106,11 +109,13 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     (tmp_path/"broken.yaml").write_text(yaml.safe_dump(broken))
     with pytest.raises(RunFailed, match=f"{RUN}/train.failed.ipynb"):
         run_results(out, profile=profile, say=lambda line: None, settings=str(tmp_path/"broken.yaml"), **STUDY)
-    assert slurm.stages() == ["prepare", "pretrain", "train"] and slurm.states() == {"1": "COMPLETED", "2": "COMPLETED", "3": "FAILED"}
+    assert (slurm.stages() == ["prepare", "pretrain", "train"]
+            and slurm.states() == {"1": "COMPLETED", "2": "COMPLETED", "3": "FAILED"})
     assert "FloatingPointError" in next((folder/".snakemake"/"slurm_logs").rglob("3.log")).read_text()
 
     code = f"from aladin.runs.graph import run_results; run_results({str(out)!r}, profile={profile!r}, **{STUDY!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(AT_ONCE="1"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(folder.rglob(".train.*.part")))
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -118,15 +123,18 @@ def test_the_same_graph_goes_through_slurm(slurm, profile, tmp_path):
     assert not (folder/RUN/"training.json").exists()
 
     table = run_results(out, profile=profile, say=lambda line: None, **STUDY)
-    assert len(table) == 1 and len(pd.read_csv(folder/"table.csv")) == 1 and json.loads((folder/RUN/"metrics.json").read_text())["seed"] == 1
+    assert (len(table) == 1 and len(pd.read_csv(folder/"table.csv")) == 1
+            and json.loads((folder/RUN/"metrics.json").read_text())["seed"] == 1)
     assert slurm.stages() == ["prepare", "pretrain", "train", "train", "train", "evaluate", "attention", "report"]
     assert set(slurm.states().values()) == {"COMPLETED", "FAILED", "CANCELLED"} and len(slurm.states()) == 8
     assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.failed.ipynb"))
     for job in slurm.jobs():
         assert (job["-p"], job["--mem"]) == ("small", "16000")
-        assert job["--cpus-per-task"] == ("2" if "pretrain" in job["--comment"] else "1")  # a single pre-training has two threads
+        # a single pre-training has two threads
+        assert job["--cpus-per-task"] == ("2" if "pretrain" in job["--comment"] else "1")
         assert job["-t"] == ("2880" if "train" in job["--comment"] else "240")
 
 
 def test_a_profile_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="nbs/experiments/profiles/slurm"): run_results(tmp_path, profile=str(tmp_path/"none"), **STUDY)
+    with pytest.raises(InputError, match="nbs/experiments/profiles/slurm"):
+        run_results(tmp_path, profile=str(tmp_path/"none"), **STUDY)

@@ -7,8 +7,9 @@ import pytest
 from aladin.cli.main import main
 from small_inputs import write_data, write_model
 
-NEVER = ("pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "pymilvus", "snakemake", "papermill", "nbclient", "IPython", "tensorboard", "h5py", "requests", "fastapi", "uvicorn",
-         "aladin.view", "aladin.runs", "aladin.evaluation", "aladin.training", "aladin.search.study", "aladin.search.export")
+NEVER = ("pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "pymilvus", "snakemake", "papermill", "nbclient",
+         "IPython", "tensorboard", "h5py", "requests", "fastapi", "uvicorn", "aladin.view", "aladin.runs",
+         "aladin.evaluation", "aladin.training", "aladin.search.study", "aladin.search.export")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "sympy")
 
 
@@ -16,13 +17,15 @@ HEAVY = ("torch", "transformers", "safetensors", "accelerate", "sympy")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("startup")
     data, model = str(write_data(folder/"data", 4)), str(write_model(folder/"model"))
-    for engine in ("exact", "faiss"): assert main(["index", "--model", model, "--data", data, "--out", str(folder/engine), "--engine", engine]) == 0
+    for engine in ("exact", "faiss"):
+        assert main(["index", "--model", model, "--data", data, "--out", str(folder/engine), "--engine", engine]) == 0
     return folder
 
 
 def imported(folder, *words):
     "The modules that a command imports in a process of its own."
-    code = f"import sys; from aladin.cli.main import main; status = main({list(map(str, words))!r}); print('\\n' + ' '.join(sys.modules)); sys.exit(status)"
+    code = (f"import sys; from aladin.cli.main import main; status = main({list(map(str, words))!r}); "
+            "print('\\n' + ' '.join(sys.modules)); sys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
@@ -41,13 +44,15 @@ def test_search_with_torch(made, more):
 def test_search_without_torch(made, engine):
     pytest.importorskip("onnxscript")
     index = made/engine
-    if not (index/"encoder").exists(): assert main(["export", "--index", str(index), "--format", "onnx", "--out", str(index/"encoder")]) == 0
+    if not (index/"encoder").exists():
+        assert main(["export", "--index", str(index), "--format", "onnx", "--out", str(index/"encoder")]) == 0
     modules = imported(made, "search", "a red fish", "--index", index, "--show", f"{engine}.html")
     assert "onnxruntime" in modules and not found(modules, (*NEVER, *HEAVY))
     assert ("faiss" in modules) == (engine == "faiss")
 
 
 def test_the_help_imports_no_library(made):
-    code = "import sys; from aladin.cli.main import make_parser; make_parser().format_help(); print(' '.join(sys.modules))"
+    code = ("import sys; from aladin.cli.main import make_parser; make_parser().format_help(); "
+            "print(' '.join(sys.modules))")
     modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
     assert "aladin.cli.search" in modules and not found(modules, (*NEVER, *HEAVY, "numpy", "PIL"))

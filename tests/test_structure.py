@@ -5,7 +5,8 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 package = root/"aladin"
-PACKAGES = ("data", "model", "training", "evaluation", "search", "runs", "view", "cli")  # a package imports only those before it
+# a package imports only those before it
+PACKAGES = ("data", "model", "training", "evaluation", "search", "runs", "view", "cli")
 FRONT = ("__init__", "auto")  # the front door: it names modules below it, and imports them when they are used
 
 
@@ -16,7 +17,8 @@ def order():
         for notebook in sorted((root/"nbs"/folder).glob("[0-9]*.ipynb")):
             name = notebook.stem.split("_", 1)[1].removeprefix("the_")
             module = {"main": "__main__"}.get(name, name) if not folder else f"{folder}.{name}"
-            places[module] = (len(PACKAGES) + 1, 0) if module == "__main__" else (("", *PACKAGES).index(folder), len(places))
+            places[module] = ((len(PACKAGES) + 1, 0) if module == "__main__"
+                              else (("", *PACKAGES).index(folder), len(places)))
     return places
 
 
@@ -48,15 +50,18 @@ def test_every_module_has_its_place(): assert set(FILES) == set(order())
 
 def test_modules_import_only_downwards(capsys):
     places = order()
-    upwards = [f"{here} imports {there}" for here, there in EDGES if here not in FRONT and places[here] <= places[there]]
+    upwards = [f"{here} imports {there}"
+               for here, there in EDGES if here not in FRONT and places[here] <= places[there]]
     with capsys.disabled():
         between = {(a.split(".")[0], b.split(".")[0]) for a, b in EDGES}
-        print(f"\n{len(FILES)} modules, {len(EDGES)} imports between modules, {len({(a, b) for a, b in between if a != b})} between packages")
+        print(f"\n{len(FILES)} modules, {len(EDGES)} imports between modules, "
+              f"{len({(a, b) for a, b in between if a != b})} between packages")
     assert EDGES and not upwards
 
 
 def test_no_private_name_is_imported():
-    private = [f"{here} imports {name} of {there}" for (here, there), names in EDGES.items() for name in names if name.startswith("_")]
+    private = [f"{here} imports {name} of {there}" for (here, there), names in EDGES.items()
+               for name in names if name.startswith("_")]
     assert not private
 
 

@@ -15,7 +15,8 @@ def contents(folder):
 
 def run(command, folder):
     "Run one of nbdev's commands in `folder`, on the modules there and not on those of the checkout."
-    env = {k:v for k,v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(folder)}  # under IN_TEST nbdev_export does nothing
+    # under IN_TEST nbdev_export does nothing
+    env = {k:v for k,v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(folder)}
     done = subprocess.run([Path(sys.executable).parent/command], cwd=folder, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -33,7 +34,9 @@ def copy(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind, what, mend", [(".py", "exported modules", "nbdev_export"), (".ipynb", "clean notebooks", "nbdev_clean")])
+@pytest.mark.parametrize("kind, what, mend", [
+    (".py", "exported modules", "nbdev_export"),
+    (".ipynb", "clean notebooks", "nbdev_clean")])
 def test_sync(copy, kind, what, mend):
     ours, made = ({k:v for k,v in contents(o).items() if k.endswith(kind)} for o in (root, copy))
     differ = sorted(k for k in ours.keys() | made.keys() if ours.get(k) != made.get(k))
@@ -41,7 +44,8 @@ def test_sync(copy, kind, what, mend):
 
 
 def test_style():
-    done = subprocess.run([Path(sys.executable).parent/"ruff", "check", "--no-cache", "--output-format", "concise"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([Path(sys.executable).parent/"ruff", "check", "--no-cache", "--output-format", "concise"],
+                          cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
