@@ -142,8 +142,7 @@ def test_help(command):
         capture_output=True, text=True)
     assert done.returncode == 0 and "usage: aladin" in done.stdout
     if command:
-        assert (f"aladin {command} " in done.stdout.split("example:")[1]
-                or "aladin results" in done.stdout.split("example:")[1])
+        assert f"aladin {command} " in done.stdout.split("example:")[1]
 
 
 def test_bad_input_leaves_nothing(tmp_path, capsys):

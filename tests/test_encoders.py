@@ -1,6 +1,4 @@
 "Regions from vision encoders: the command, data without tags from extraction to search, labels, boxes of a file."
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +6,6 @@ import torch
 from PIL import Image
 
 from aladin.cli.main import main
-from aladin.data.clip import make_clip
 from aladin.data.encoders import ENCODER_KINDS, GridRegions, Labels, VisionEncoder, make_encoder
 from aladin.data.extract import make_detector
 from aladin.data.processor import AladinProcessor

@@ -14,7 +14,7 @@ import aladin.search.faiss as coded  # noqa: E402
 from aladin.cli.main import main  # noqa: E402
 from aladin.files import InputError  # noqa: E402
 from aladin.search.engines import ExactEngine  # noqa: E402
-from aladin.search.faiss import Codes, FaissEngine  # noqa: E402
+from aladin.search.faiss import FaissEngine  # noqa: E402
 from aladin.search.index import SearchIndex  # noqa: E402
 from aladin.search.segments import SetStore  # noqa: E402
 from small_inputs import write_data, write_model  # noqa: E402

@@ -634,15 +634,12 @@ def test_changed_bytes(layout, tmp_path):
     written = written[0] if isinstance(written, list) else written
     files = sorted(p for p in (tmp_path/"source").rglob("*") if p.is_file())
     kind = formats.FEATURES[layout][1] if layout in formats.FEATURES else formats.READER_OF.get(layout, layout)
-    refused = 0
     for _ in range(EXAMPLES or 12):
         path = files[int(rng.integers(len(files)))]
         before = path.read_bytes()
         path.write_bytes(changed(before, rng))
         try: run(written, None, format=kind, boxes=layout in formats.OWN, allow_missing=True)
-        except InputError as e:
-            assert all((e.path, e.where, e.expected, e.found, e.fix))
-            refused += 1
+        except InputError as e: assert all((e.path, e.where, e.expected, e.found, e.fix))
         path.write_bytes(before)
     run(written, None, format=kind, boxes=layout in formats.OWN, allow_missing=True)
 

@@ -21,7 +21,7 @@ from aladin.files import InputError
 from aladin.search.engines import CONSISTENCY, ExactEngine, MilvusEngine, TOKEN
 from aladin.search.index import SearchIndex
 from aladin.search.segments import SetStore
-from test_search import answers, DIM, opened, scenes, write  # noqa: F401: scenes is a fixture
+from test_search import answers, DIM, opened, scenes, write  # noqa: F401 (scenes is a fixture)
 
 
 class Server:

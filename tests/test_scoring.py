@@ -136,9 +136,12 @@ from aladin.evaluation.metrics import retrieval_ranks
 torch.set_num_threads(1)
 images,memory = int(sys.argv[1]),float(sys.argv[2])
 unit = lambda n: F.normalize(torch.randn(n, 32), dim=1)
-e = Embeddings(unit(images), unit(5*images), Ragged(unit(4*images), torch.full((images,), 4)), Ragged(unit(15*images), torch.full((5*images,), 3)),
-               [str(i) for i in range(images)], torch.arange(images).repeat_interleave(5))
-retrieval_ranks(Embeddings(e.image_matching[:8], e.caption_matching[:40], e.regions[:8], e.words[:40], e.image_ids[:8], e.caption_image[:40]))
+regions = Ragged(unit(4*images), torch.full((images,), 4))
+words = Ragged(unit(15*images), torch.full((5*images,), 3))
+ids, owners = [str(i) for i in range(images)], torch.arange(images).repeat_interleave(5)
+e = Embeddings(unit(images), unit(5*images), regions, words, ids, owners)
+few = Embeddings(e.image_matching[:8], e.caption_matching[:40], regions[:8], words[:40], ids[:8], owners[:40])
+retrieval_ranks(few)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 retrieval_ranks(e, memory=memory)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**10)

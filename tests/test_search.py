@@ -231,12 +231,14 @@ from aladin.model.model import load_model
 s._SEGMENT = 10
 put, count = s.SearchIndex._put_images, [0]
 def killed(self, *a):
-    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)  # captions of the third part are written, its pictures are not
+    # captions of the third part are written, its pictures are not
+    if count[0] == 2: os.kill(os.getpid(), signal.SIGKILL)
     count[0] += 1
     put(self, *a)
 s.SearchIndex._put_images = killed
 model = load_model({str(scenes/'model')!r})
-s.SearchIndex.build(model, open_split({str(scenes/'data')!r}, "test", model.processor), {str(tmp_path/'index')!r}, {engine!r}, progress=False)
+images = open_split({str(scenes/'data')!r}, "test", model.processor)
+s.SearchIndex.build(model, images, {str(tmp_path/'index')!r}, {engine!r}, progress=False)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -25,7 +25,7 @@ from aladin.search.index import SearchIndex
 from aladin.search.resident import Question, Resident
 from aladin.search.segments import SetStore
 from aladin.search.serve import Answers, Explanation, Health, Limits, Problem, Refusal, Service
-from served import COMMAND, make_index, Served
+from served import make_index, Served
 
 TEXT = "a red fish above a green cactus"
 LIMITS = ("--max-k", 20, "--max-rerank", 50, "--max-text", 200, "--max-body", 20_000)
@@ -78,12 +78,15 @@ from aladin.cli import search
 from aladin.cli.main import main
 import aladin.search.serve as serve
 def ask(port):
-    for path, body in (("/search", dict(text="a tree", explain=True)), ("/search", dict(image="200010")), ("/captions", dict(image="200010")), ("/pair", dict(text="a tree", image="200010")), ("/image/200010", None), ("/", None)):
+    for path, body in (("/search", dict(text="a tree", explain=True)), ("/search", dict(image="200010")),
+                       ("/captions", dict(image="200010")), ("/pair", dict(text="a tree", image="200010")),
+                       ("/image/200010", None), ("/", None)):
         c = http.client.HTTPConnection("127.0.0.1", port)
         c.request("POST" if body else "GET", path, body and json.dumps(body), {{"Content-Type": "application/json"}})
         assert c.getresponse().status == 200, path
     resident = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
-    print(json.dumps(dict(modules=sorted({{"torch", "transformers", "pandas", "matplotlib"}} & set(sys.modules)), resident=resident)), flush=True)
+    modules = sorted({{"torch", "transformers", "pandas", "matplotlib"}} & set(sys.modules))
+    print(json.dumps(dict(modules=modules, resident=resident)), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 address = serve.address
 def started(bound):
@@ -272,7 +275,7 @@ def test_extended_under_load(folder, tmp_path):
             while service.ask("/health")[2]["pictures"] != pictures:
                 assert time.monotonic() < end and time.sleep(.05) is None
         with ThreadPoolExecutor(4) as pool:
-            clients = [pool.submit(client) for _ in range(4)]
+            for _ in range(4): pool.submit(client)
             index = SearchIndex.build(
                 model, open_split(tmp_path/"more", "test", model.processor), tmp_path/"index", progress=False)
             until(60)

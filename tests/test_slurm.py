@@ -22,12 +22,16 @@ COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo", "sacct")
 STANDIN = '''import json, os, signal, subprocess, sys, time
 from pathlib import Path
 queue, name, words = Path(__file__).parent.parent/"queue", Path(sys.argv[0]).name, sys.argv[1:]
-def states(): return {p.name: (p/"state").read_text() if (p/"state").exists() else "RUNNING" for p in sorted(queue.iterdir())}
+def state(job): return (job/"state").read_text() if (job/"state").exists() else "RUNNING"
+def states(): return {job.name: state(job) for job in sorted(queue.iterdir())}
 def end(job, state):
     (queue/job/"new").write_text(state)
     os.replace(queue/job/"new", queue/job/"state")
 if name == "sbatch":
-    value = {w.split("=")[0] if w[2:].find("=") > 0 else w: w.split("=", 1)[1] if w[2:].find("=") > 0 else n for w, n in zip(words, words[1:] + [""]) if w[0] == "-"}
+    value = {}
+    for word, following in zip(words, words[1:] + [""]):
+        option, equals, given = word.partition("=")
+        if word[0] == "-": value[option] = given if equals else following
     number = 1
     while True:
         try: (queue/str(number)).mkdir()
@@ -37,11 +41,13 @@ if name == "sbatch":
     if os.fork() == 0:
         os.setsid()
         with open(value["--output"].replace("%j", str(number)), "w") as out:
-            job = subprocess.Popen(["sh", "-c", value["--wrap"]], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=value["-D"], env=os.environ | dict(SLURM_JOB_ID=str(number)), start_new_session=True)
+            job = subprocess.Popen(["sh", "-c", value["--wrap"]], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                   cwd=value["-D"], env=os.environ | dict(SLURM_JOB_ID=str(number)),
+                                   start_new_session=True)
             for stream in (1, 2): os.dup2(out.fileno(), stream) # the plugin waits for their end
             (queue/str(number)/"process").write_text(str(job.pid))
             status = job.wait()
-        if str(number) in states() and states()[str(number)] == "RUNNING": end(str(number), "FAILED" if status else "COMPLETED")
+        if states().get(str(number)) == "RUNNING": end(str(number), "FAILED" if status else "COMPLETED")
         os._exit(0)
     print(number)
 elif name == "srun":
@@ -50,7 +56,7 @@ elif name == "srun":
 elif name == "squeue": # answers when a job ends, so that nobody waits for the next question; at once when asked so
     before, until = states(), time.time()+(0 if "AT_ONCE" in os.environ else 20)
     while "RUNNING" in before.values() and states() == before and time.time() < until: time.sleep(0.1)
-    for job, state in states().items(): print(f"{job}|{state}")
+    for job, found in states().items(): print(f"{job}|{found}")
 elif name == "scancel":
     for job in words:
         end(job, "CANCELLED")
