@@ -441,8 +441,8 @@ def importing(images):
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source = Path(folder)/"precomp"
         source.mkdir()
-        rng, vectors = (np.random.default_rng(0),
-                        np.lib.format.open_memmap(source/"train_ims.npy", "w+", np.float32, (images, 36, 2048)))
+        rng = np.random.default_rng(0)
+        vectors = np.lib.format.open_memmap(source/"train_ims.npy", "w+", np.float32, (images, 36, 2048))
         for i in range(images): rng.random(out=vectors[i], dtype=np.float32)
         del vectors
         (source/"train_ids.txt").write_text("".join(f"{i}\n" for i in range(images)))

@@ -72,6 +72,11 @@ def _check_region_options(options, given):
     ignored = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if ignored and not given["detector"]:
         raise InputError("command line", "options", "a detector for them", " ".join(ignored), "leave them out")
+    if not given["crops"]: return
+    from aladin.data.encoders import is_data
+    if all(is_data(name) for name in given["encoder"]):
+        expected,fix = "an encoder to run on the boxes","name one beside the data folders, or leave --crops out"
+        raise InputError("command line", "--crops", expected, "data folders alone", fix)
 
 def _vector_source(name, crops):
     "Vectors for boxes: those of a data folder, or those of an encoder."
@@ -81,15 +86,11 @@ def _vector_source(name, crops):
 
 def _region_source(options, given):
     "What finds the regions: a detector, an encoder, or encoders on the boxes of a detector or a file."
-    from aladin.files import InputError
     _check_region_options(options, given)
     boxes,encoder = given["boxes"],given["encoder"]
     detector = given["detector"] and _opened(given["detector"], **options)
     if not encoder: return detector
-    from aladin.data.encoders import BoxRegions, GridRegions, is_data, Labels, StoredBoxes, open_encoder
-    if given["crops"] and all(is_data(e) for e in encoder):
-        expected,fix = "an encoder to run on the boxes","name one beside the data folders, or leave --crops out"
-        raise InputError("command line", "--crops", expected, "data folders alone", fix)
+    from aladin.data.encoders import BoxRegions, GridRegions, Labels, StoredBoxes, open_encoder
     if detector or boxes:
         return BoxRegions(detector or StoredBoxes(boxes), *(_vector_source(e, given["crops"]) for e in encoder))
     opened,labels = open_encoder(encoder[0]),given["labels"]

@@ -181,7 +181,7 @@ class Codes:
         "Fill `out`, uint8, with the stored vectors from a row on. Raises `InputError` where the file ends too early."
         left, at = out.reshape(-1), self._start + 2*self.about["dim"]*row
         while len(left):
-            found = os.preadv(self._descriptor, [left], at) # a network's file system may give a part
+            found = os.preadv(self._descriptor, [left], at) # on a network fewer bytes may come at once
             if not found: raise InputError(self.folder/"vectors.npy", f"row {row}", "its bytes", "the end", _AGAIN)
             left, at = left[found:], at + found
 
